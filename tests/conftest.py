@@ -1,0 +1,77 @@
+"""What holds for every test: the environment of the process, and markers by folder.
+
+The environment is set here, before any test module is imported, because Ray, vLLM, torch and the tokenizers read it once
+when they load. Worker processes inherit it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+# Drivers, Ray workers and engines run side by side on few cores: each computes on one thread.
+_THREADS = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "ARROW_NUM_THREADS": "2",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAYON_NUM_THREADS": "1",
+}
+
+# Everything listens on and talks to loopback; nothing asks a hub, a metadata service or a statistics server.
+_LOOPBACK = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
+
+_ENGINE = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes a share of the host's memory for each engine
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+# A developer's own settings must not reach the tests, least of all the credentials of a real bucket.
+_FOREIGN = ("AWS_", "RAY_ADDRESS", "RAY_NAMESPACE", "DRAY_")
+
+for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
+    del os.environ[name]
+os.environ.update(_THREADS | _LOOPBACK | _ENGINE)
+
+
+@cache
+def no_gpu() -> str | None:
+    """Why GPU tests cannot run here; None where they can."""
+    if not shutil.which("nvidia-smi"):
+        return "needs an NVIDIA GPU: nvidia-smi is not on PATH"
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    if listed.returncode or "GPU 0" not in listed.stdout:
+        return f"needs an NVIDIA GPU: nvidia-smi -L says {(listed.stdout + listed.stderr).strip()!r}"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by their folder, and skip what this machine cannot run, with the reason."""
+    for item in items:
+        folder = item.path.relative_to(HERE).parts[0]
+        if folder in ("local", "gpu"):
+            item.add_marker(folder)
+        if item.get_closest_marker("gpu") and (reason := no_gpu()):
+            item.add_marker(pytest.mark.skip(reason=reason))
