@@ -1,0 +1,156 @@
+"""The books of an output: what the plan promised against what stands in `data/`, read from footers and listings only.
+
+Nothing here trusts what a Ray job or a worker claimed (design §4.10).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jobs.planning import Plan
+from pipelines.contracts import Shard, ShardStats
+from pipelines.errors import OutputError
+from pipelines.part import Part, read_part
+from pipelines.storage import Storage
+
+T = TypeVar("T")
+
+SUCCESS = "data/_SUCCESS"
+#: Footers are small reads of one round trip each; 32 at once keeps a listing of 100,000 parts to minutes on S3.
+_READERS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Books:
+    """Planned shards, the parts that stand for them, and everything that does not add up."""
+
+    shards: tuple[Shard, ...]
+    parts: tuple[Part, ...]
+    """In plan order."""
+    sizes: dict[str, int]
+    """Bytes of each part object, by name."""
+    problems: tuple[str, ...]
+
+    @cached_property
+    def missing(self) -> tuple[Shard, ...]:
+        """Planned shards without a part, in plan order."""
+        standing = {part.name for part in self.parts}
+        return tuple(shard for shard in self.shards if shard.part_name not in standing)
+
+    @cached_property
+    def totals(self) -> ShardStats:
+        """Sum of all footers."""
+        return sum((part.footer.stats for part in self.parts), ShardStats(shards=0))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all parts as stored."""
+        return sum(self.sizes[part.name] for part in self.parts)
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing and not self.problems
+
+
+def committed_shards(storage: Storage, plan: Plan) -> set[str]:
+    """Ids of the planned shards whose part exists, from one listing."""
+    names = {info.name for info in storage.list("data")}
+    return {shard.id for shard in plan.shards if f"data/{shard.part_name}" in names}
+
+
+def clear_superseded(storage: Storage, plan: Plan) -> None:
+    """Remove the parts of shards whose files changed, once all that replaces them is committed."""
+    if not plan.superseded:
+        return
+    committed = committed_shards(storage, plan)
+    for old in plan.superseded:
+        if all(shard.id in committed for shard in old.by):
+            storage.delete(f"data/{old.shard.part_name}")
+
+
+def clear_unreferenced_errors(storage: Storage, books: Books) -> None:
+    """Remove what attempts that came second wrote to `errors/`: no part refers to it."""
+    referenced = {part.footer.errors_object for part in books.parts}
+    for info in storage.list("errors"):
+        if info.name not in referenced:
+            storage.delete(info.name)
+
+
+def fold(storage: Storage, plan: Plan) -> Books:
+    """Read every footer below `data/` and compare it with the plan."""
+    found = {info.name.removeprefix("data/"): info for info in storage.list("data") if info.name != SUCCESS}
+    planned = {shard.part_name: shard for shard in plan.shards}
+    superseded = {old.shard.part_name for old in plan.superseded}
+    unknown = sorted(found.keys() - planned.keys() - superseded)
+    problems = [f"data/{name} is not in the plan" for name in unknown]
+    parts: list[Part] = []
+    for name, result in _each(found.keys() & planned.keys(), lambda name: _read(storage, name)):
+        if isinstance(result, OutputError):
+            problems.append(str(result))
+        else:
+            parts.append(result)
+            problems.extend(f"data/{name}: {why}" for why in _disagreements(result, planned[name], plan))
+    parts.sort(key=lambda part: part.footer.shard.ordinal)
+    return Books(
+        shards=plan.shards,
+        parts=tuple(parts),
+        sizes={name: info.size for name, info in found.items()},
+        problems=tuple(problems),
+    )
+
+
+def check_rows(storage: Storage, books: Books) -> list[str]:
+    """Read the key of every row (`dray verify --deep`): each row id of a part once per sample, none in two parts."""
+    problems: list[str] = []
+    seen: dict[str, str] = {}
+
+    def keys(name: str) -> pa.Table:
+        with storage.open_input(f"data/{name}") as file:
+            return pq.read_table(file, columns=["row_id", "sample_index", "error_code"])
+
+    for name, table in _each((part.name for part in books.parts), keys):
+        distinct = table.group_by(["row_id", "sample_index"]).aggregate([]).num_rows
+        if distinct != len(table):
+            problems.append(f"data/{name}: {len(table) - distinct} keys (row_id, sample_index) occur twice")
+        for row_id in pc.unique(table["row_id"]).to_pylist():
+            other = seen.setdefault(row_id, name)
+            if other != name:
+                problems.append(f"data/{name}: row {row_id} stands in data/{other} too")
+    return problems
+
+
+def _read(storage: Storage, name: str) -> Part | OutputError:
+    try:
+        return read_part(storage, name)
+    except OutputError as error:
+        return error
+
+
+def _each(names: Iterable[str], read: Callable[[str], T]) -> Iterable[tuple[str, T]]:
+    names = sorted(names)
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from zip(names, pool.map(read, names), strict=True)
+
+
+def _disagreements(part: Part, shard: Shard, plan: Plan) -> Iterable[str]:
+    """What a part says of itself against the plan and its own rows."""
+    footer, stats = part.footer, part.footer.stats
+    if footer.shard != shard:
+        yield f"holds shard {footer.shard.id}, planned is {shard.id}"
+    if footer.fingerprint != plan.fingerprint:
+        yield f"was made from spec {footer.fingerprint}, planned is {plan.fingerprint}"
+    if not stats.balanced:
+        yield f"its books do not balance: {stats.rows_in} rows in, {stats.rows_ok} ok, {stats.rows_failed} failed"
+    inline = 0 if footer.errors_object else stats.rows_failed
+    if part.rows != stats.samples + inline:
+        yield f"has {part.rows} rows, its footer counts {stats.samples} samples and {inline} failed rows"
+    if shard.rows is not None and stats.rows_read != shard.rows:
+        yield f"was made from {stats.rows_read} rows, planned are {shard.rows}"

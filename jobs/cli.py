@@ -1,0 +1,235 @@
+"""The command line. Every command takes a job file or an output path; `--json` prints one JSON document to stdout.
+
+Exit codes: 0 ok, 1 the job failed, 2 bad input, 130 interrupted. Errors are one line on stderr; `--debug` shows the
+traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+
+from pipelines import __version__
+from pipelines.errors import DrayError, Interrupted, JobError
+
+stdout = Console(highlight=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dray")
+def main() -> None:
+    """Run one prompt job over a whole dataset."""
+
+
+def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """A command with the options that all share, and with Dray's errors and exit codes."""
+
+    def wrap(function: Callable[..., Any]) -> click.Command:
+        @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+        @click.option("--debug", is_flag=True, help="Show tracebacks.")
+        @functools.wraps(function)
+        def guarded(*args: Any, debug: bool, as_json: bool, **kwargs: Any) -> None:
+            try:
+                function(*args, as_json=as_json, **kwargs)
+            except DrayError as error:
+                fail(error, as_json=as_json, debug=debug)
+            except KeyboardInterrupt:
+                fail(Interrupted("stopped"), as_json=as_json, debug=debug)
+            except Exception as error:  # noqa: BLE001 - a bug of ours; the user gets one line all the same
+                unexpected = JobError(f"unexpected {type(error).__name__}: {error} (--debug shows where)")
+                fail(unexpected.with_traceback(error.__traceback__), as_json=as_json, debug=debug)
+
+        return main.command(name)(guarded)
+
+    return wrap
+
+
+def job_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A job file (or output path) and `key=value` overrides."""
+    overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+    return click.argument("target", metavar="JOB")(overrides(function))
+
+
+def fail(error: DrayError, *, as_json: bool, debug: bool) -> NoReturn:
+    """Print the error and leave with its exit code."""
+    if debug:
+        traceback.print_exception(error)
+    if as_json:
+        click.echo(
+            json.dumps({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
+        )
+    stderr.print(f"[bold red]error:[/] {escape(str(error))}")
+    sys.exit(error.exit_code)
+
+
+def show(value: dict[str, Any], text: Any, *, as_json: bool) -> None:
+    """The result: JSON for machines, text for people."""
+    if as_json:
+        click.echo(json.dumps(value, indent=1, default=str))
+    else:
+        stdout.print(text)
+
+
+@command("validate")
+@job_arguments
+def validate(target: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check a job file: keys, types, engine arguments. Reads no data."""
+    from jobs.target import job_of
+
+    job = job_of(target, overrides)
+    show(
+        {"valid": True, "name": job.spec.name},
+        f"{target}: valid job [bold]{job.spec.name}[/]",
+        as_json=as_json,
+    )
+
+
+@command("plan")
+@job_arguments
+def plan(target: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what would run: shards, rows, bytes, what is committed already. Writes nothing."""
+    from jobs.proposal import propose
+    from jobs.target import job_of
+
+    proposal = propose(job_of(target, overrides))
+    show(proposal.summary, proposal.render(), as_json=as_json)
+
+
+@command("preview")
+@job_arguments
+@click.option("-n", "rows", default=5, show_default=True, help="How many rows.")
+@click.option("--generate", is_flag=True, help="Answer them too, with the job's model.")
+def preview(target: str, overrides: tuple[str, ...], rows: int, generate: bool, as_json: bool) -> None:
+    """Show the first rendered prompts. Writes nothing."""
+    from jobs.preview import preview as preview_rows
+    from jobs.preview import render
+    from jobs.target import job_of
+
+    seen = preview_rows(job_of(target, overrides), rows=rows, generate=generate)
+    show({"rows": seen}, render(seen), as_json=as_json)
+
+
+def run_job(target: str, overrides: tuple[str, ...], *, relist: bool, quiet: bool, as_json: bool) -> None:
+    """Run, with progress on stderr and the summary on stdout."""
+    from jobs.console import Display, chatter_to, log_folder
+    from jobs.ledger import new_run_id
+    from jobs.report import render
+    from jobs.runner import run as run_to_the_end
+    from jobs.target import job_of
+
+    job = job_of(target, overrides)
+    signal.signal(signal.SIGTERM, _interrupt)
+    run_id = new_run_id()
+    log = log_folder() / f"{run_id}.log"
+    try:
+        with chatter_to(log) as terminal, Display(terminal, quiet=quiet or as_json) as display:
+            report = run_to_the_end(job, run_id=run_id, observer=display, relist=relist)
+    except DrayError:
+        if not quiet:
+            stderr.print(f"log: {log}")
+        raise
+    show(report.to_dict(), render(report), as_json=as_json)
+
+
+def _interrupt(signum: int, frame: Any) -> NoReturn:
+    raise Interrupted(f"stopped by {signal.Signals(signum).name}")
+
+
+@command("run")
+@job_arguments
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def run(target: str, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    """Run a job, or what is left of it. New input files are taken up."""
+    run_job(target, overrides, relist=True, quiet=quiet, as_json=as_json)
+
+
+@command("resume")
+@job_arguments
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def resume(target: str, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    """Run what is left of the plan as it stands; the input is not listed again."""
+    run_job(target, overrides, relist=False, quiet=quiet, as_json=as_json)
+
+
+@command("status")
+@click.argument("target", metavar="JOB")
+def status(target: str, as_json: bool) -> None:
+    """Show how far a job is: shards, rows, runs, and who is at it."""
+    from jobs.inspect import render_status
+    from jobs.inspect import status as status_of
+    from jobs.target import output_of
+
+    found = status_of(output_of(target))
+    show(found, render_status(found), as_json=as_json)
+
+
+@command("report")
+@click.argument("target", metavar="JOB")
+def report(target: str, as_json: bool) -> None:
+    """Show a job's figures, folded from its parts' footers."""
+    from jobs.inspect import report_of
+    from jobs.report import render
+    from jobs.target import output_of
+
+    found = report_of(output_of(target))
+    show(found.to_dict(), render(found), as_json=as_json)
+
+
+@command("verify")
+@click.argument("target", metavar="JOB")
+@click.option("--deep", is_flag=True, help="Read the key of every row, not only the footers.")
+def verify(target: str, deep: bool, as_json: bool) -> None:
+    """Check that every planned row stands in the output exactly once. Exit code 1 when not."""
+    from jobs.inspect import render_verdict
+    from jobs.inspect import verify as verify_output
+    from jobs.target import output_of
+
+    verdict = verify_output(output_of(target), deep=deep)
+    show(verdict, render_verdict(verdict), as_json=as_json)
+    if not verdict["ok"]:
+        sys.exit(1)
+
+
+@command("doctor")
+@click.argument("target", metavar="[JOB]", required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check this machine, and what a job needs: versions, driver, memory, storage, model."""
+    from jobs.doctor import Finding, diagnose, render, to_dict
+
+    job = None
+    if target:
+        from jobs.target import job_of
+
+        job = job_of(target, overrides)
+    findings: list[Finding] = []
+    with (
+        Live(console=stdout, refresh_per_second=4)
+        if stdout.is_terminal and not as_json
+        else nullcontext() as live
+    ):
+        for finding in diagnose(job):
+            findings.append(finding)
+            if live:
+                live.update(render(findings))
+    if as_json or not stdout.is_terminal:  # the live table stands already
+        show(to_dict(findings), render(findings), as_json=as_json)
+    if any(finding.verdict == "problem" for finding in findings):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(prog_name=Path(sys.argv[0]).name)

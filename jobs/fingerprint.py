@@ -1,0 +1,157 @@
+"""The fingerprint of a job: a digest of everything that changes a row's answer or the columns it is written in.
+
+Taken of the validated job, so that a default and the same value written out are equal, with one difference: values
+that mention run variables count as written (`${run.date}`), or each day's run would be another job. What only changes
+where and how fast a job runs (pool, cluster, errors, storage, names and paths of data) is left out.
+
+Keys that are null or empty are left out, so that a later Dray can add keys without disowning older outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.loading import LoadedJob
+from jobs.references import is_secret_name
+from pipelines.code import digest_of_package
+from pipelines.contracts import FORMAT_VERSION
+from pipelines.engine_args import RESULT_NEUTRAL_ARGS
+from pipelines.errors import ModelError
+
+#: Of these sections, the keys that change what is written; None: all of them.
+_COUNTED: dict[str, frozenset[str] | None] = {
+    "input": frozenset({"columns", "filter", "format", "id_column"}),
+    "prompt": None,
+    "model": frozenset({"source", "revision", "tokenizer", "backend", "engine"}),
+    "sampling": None,
+    "output": frozenset({"columns", "rename", "failed_rows"}),
+}
+
+_SMALL_FILES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".vocab"})
+_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
+_HASHED_WHOLE = 64 << 20
+_SAMPLED = 1 << 20
+
+
+def identity(job: LoadedJob, folders: Sequence[str] = ()) -> dict[str, Any]:
+    """What the fingerprint covers, by dotted key: JSON values, fit for storing.
+
+    A value that came from an environment variable is given as its reference and a digest. `folders` are the user's
+    own, for `prompt.function`. Raises SpecError for a function that cannot be found, ModelError for a model folder
+    that cannot be read.
+    """
+    found: dict[str, Any] = {"format_version": FORMAT_VERSION}
+    for section, counted in _COUNTED.items():
+        values = getattr(job.spec, section).model_dump(mode="json")
+        for key in counted if counted is not None else values:
+            _add(found, (section, key), values[key], job)
+    for name in RESULT_NEUTRAL_ARGS:
+        for key in [
+            key for key in found if key == f"model.engine.{name}" or key.startswith(f"model.engine.{name}.")
+        ]:
+            del found[key]
+    if job.spec.model.backend == "simulated":
+        simulated = job.spec.model.simulated
+        found["model.simulated"] = [simulated.min_tokens, simulated.max_tokens]
+    for key in ("source", "tokenizer"):
+        place = getattr(job.spec.model, key)
+        if place is not None and os.path.isabs(place):  # `load` made local folders absolute
+            trusted = bool(job.spec.model.engine.get("trust_remote_code"))
+            found[f"model.{key}"] = {
+                "folder": os.path.basename(place),
+                "sha256": digest_of_model(place, code=trusted),
+            }
+    if job.spec.prompt.function is not None:
+        module = job.spec.prompt.function.partition(":")[0]
+        found["prompt.function code"] = digest_of_package(module, folders)
+    return dict(sorted(found.items()))
+
+
+def fingerprint(of: Mapping[str, Any]) -> str:
+    """16 hex digits over an `identity`."""
+    comparable = {key: _comparable(value) for key, value in of.items()}
+    return hashlib.sha256(json.dumps(comparable, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def explain_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`sampling.temperature: 0.0 → 0.7` for each key in which two identities differ."""
+    differing = [
+        (key, old.get(key), new.get(key))
+        for key in sorted({*old, *new})
+        if _comparable(old.get(key)) != _comparable(new.get(key))
+    ]
+    return [f"{key}: {_shown(a, b)} → {_shown(b, a)}" for key, a, b in differing]
+
+
+def digest_of_model(folder: str | os.PathLike[str], *, code: bool = False) -> str:
+    """16 hex digits over a local model folder: names and contents of its configuration, tokenizer and weights.
+
+    Weight files above 64 MiB count by size and by a MiB each from their beginning, middle and end: reading 15 GB takes
+    longer than planning should, and training moves every tensor. Times do not count: a copy is the same model. Python
+    files count where the model may run its own `code`. Raises ModelError.
+    """
+    place = Path(folder)
+    suffixes = _SMALL_FILES | _WEIGHTS | ({".py"} if code else frozenset())
+    digest = hashlib.sha256()
+    try:
+        inside = [*place.iterdir(), *place.glob("additional_chat_templates/*")]
+        for path in sorted(path for path in inside if path.suffix in suffixes and path.is_file()):
+            name = path.relative_to(place).as_posix()
+            digest.update(f"{name}\0{_digest_of_file(path)}\n".encode())
+    except FileNotFoundError:
+        raise ModelError(f"model.source: there is no folder {place}") from None
+    except OSError as error:
+        raise ModelError(f"model.source: {place} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()[:16]
+
+
+def _digest_of_file(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if path.suffix not in _WEIGHTS or size <= _HASHED_WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(str(size).encode())
+        for start in (0, size // 2, size - _SAMPLED):
+            file.seek(start)
+            digest.update(file.read(_SAMPLED))
+    return digest.hexdigest()
+
+
+def _add(found: dict[str, Any], key: tuple[str, ...], value: Any, job: LoadedJob) -> None:
+    if isinstance(value, dict) and key not in job.unfilled:
+        for name, item in value.items():
+            _add(found, (*key, name), item, job)
+        return
+    value = job.unfilled.get(key, value)
+    if value is None:
+        return
+    if key in job.referenced or is_secret_name(key[-1]):
+        secret = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+        value = {"reference": job.referenced.get(key), "sha256": secret}
+    found[".".join(key)] = value
+
+
+def _comparable(value: Any) -> Any:
+    """What a digest stands for counts, not the reference or the folder's name that stands next to it."""
+    return {"sha256": value["sha256"]} if isinstance(value, dict) and "sha256" in value else value
+
+
+def _shown(value: Any, other: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict) and "sha256" in value:
+        what = value.get("reference") or value.get("folder") or "a secret"
+        return f"{what} (content {value['sha256'][:8]})"
+    text = json.dumps(value, ensure_ascii=False)
+    if len(text) > 60 and isinstance(value, str) and isinstance(other, str):
+        # Long prompts are shown from where they part.
+        pairs = zip(text, json.dumps(other, ensure_ascii=False), strict=False)
+        common = next((place for place, (a, b) in enumerate(pairs) if a != b), 0)
+        text = ("…" if common > 20 else "") + text[max(0, common - 20) :]
+    return text if len(text) <= 60 else text[:59] + "…"

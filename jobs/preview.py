@@ -1,0 +1,106 @@
+"""The first prompts of a job as the model will see them, and on request their answers. Writes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Group, RenderableType
+from rich.markup import escape
+
+from jobs.loading import LoadedJob
+from jobs.planning import cut_lazily
+from jobs.proposal import input_schema, work_of
+from jobs.spec import needed_columns
+from pipelines.admission import Gate, admission_policy
+from pipelines.contracts import Shard, Work
+from pipelines.detokenize import Detokenizer
+from pipelines.engine import open_engine
+from pipelines.generate import Answering
+from pipelines.listing import list_files
+from pipelines.prepare import Prepare
+from pipelines.result import build_result
+from pipelines.stage import Parcel
+from pipelines.tokenizer import load_tokenizer
+
+
+def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]]:
+    """The first `rows` rows that pass the filter, through the job's own stages but without Ray.
+
+    Each has `row_id`, `prompt` (the tokens as text, special tokens shown), `prompt_tokens`, `error_code` and
+    `error_message`; with `generate` also `answers`, a list of `generated_text` and `finish_reason` per sample.
+    """
+    files = list_files(job.spec.input, needed_columns(job.spec))
+    work = work_of(job, input_schema(job.spec, files), fingerprint="", run_id="preview")
+    parcel = _first_rows(Prepare(work), cut_lazily(files, rows), rows)
+    tokenizer = load_tokenizer(job.spec.model)
+    assert parcel.prompts is not None
+    seen = []
+    for row in parcel.prompts.to_pylist():
+        ids = row["token_ids"]
+        seen.append(
+            {
+                "row_id": row["row_id"],
+                "prompt": None if ids is None else tokenizer.decode(ids),
+                "prompt_tokens": None if ids is None else len(ids),
+                "error_code": row["error_code"],
+                "error_message": row["error_message"],
+            }
+        )
+    if generate:
+        answered = asyncio.run(_answer(parcel, work))
+        result = build_result(answered, work, Detokenizer(tokenizer, work.sampling))
+        answers: dict[str, list[dict[str, Any]]] = {row["row_id"]: [] for row in seen}
+        for sample in result.to_pylist():
+            answers[sample["row_id"]].append(
+                {k: sample[k] for k in ("generated_text", "finish_reason", "error_code", "error_message")}
+            )
+        for row in seen:
+            row["answers"] = answers[row["row_id"]]
+    return seen
+
+
+def _first_rows(prepare: Prepare, shards: Iterable[Shard], rows: int) -> Parcel:
+    """The first `rows` rows of the shards that pass the filter, prepared, as one parcel."""
+    parcels: list[Parcel] = []
+    for shard in shards:
+        parcels.append(prepare.shard(Parcel(shard=shard)))
+        if sum(len(parcel.prompts or ()) for parcel in parcels) >= rows:
+            break
+    return Parcel(
+        shard=parcels[0].shard,
+        rows=pa.concat_tables([p.rows for p in parcels if isinstance(p.rows, pa.Table)]).slice(0, rows),
+        prompts=pa.concat_tables([p.prompts for p in parcels if p.prompts is not None]).slice(0, rows),
+    )
+
+
+async def _answer(parcel: Parcel, work: Work) -> Parcel:
+    engine = open_engine(work.model, work.sampling, work.pool)
+    try:
+        info = await engine.start()
+        gate = Gate(admission_policy(work.pool.admission, info.max_num_seqs))
+        return await Answering(work, engine, info, gate, itertools.count()).shard(parcel, priority=0)
+    finally:
+        await engine.stop()
+
+
+def render(seen: list[dict[str, Any]]) -> RenderableType:
+    """Prompts and answers for the terminal."""
+    lines: list[str] = []
+    for row in seen:
+        size = "" if row["prompt_tokens"] is None else f" [dim]({row['prompt_tokens']} tokens)[/]"
+        lines.append(f"[bold]{escape(row['row_id'])}[/]{size}")
+        if row["error_code"]:
+            lines.append(f"  [red]{row['error_code']}[/]: {escape(row['error_message'])}")
+        else:
+            lines.append(escape(row["prompt"]))
+        lines += [
+            f"  [green]→[/] {escape(answer['generated_text'])} [dim]({answer['finish_reason']})[/]"
+            for answer in row.get("answers", ())
+            if answer["generated_text"] is not None
+        ]
+        lines.append("")
+    return Group(*lines)

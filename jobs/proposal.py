@@ -1,0 +1,159 @@
+"""What a job would do: its input listed, cut into shards, and held against what its output already has."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Group, RenderableType
+
+from jobs.books import SUCCESS, committed_shards
+from jobs.cutting import CPU_TOKENS_PER_S, GPU_TOKENS_PER_S, SHARD_S
+from jobs.fingerprint import fingerprint, identity
+from jobs.loading import LoadedJob
+from jobs.output import check_claim, claim
+from jobs.planning import Plan, extend, load_plan, new_plan, save_plan, summary
+from jobs.spec import JobSpec, check_against_schema, needed_columns
+from pipelines.code import code_digest, code_path, load_function, user_folders
+from pipelines.contracts import InputFile, Work
+from pipelines.errors import InputError, OutputError
+from pipelines.listing import list_files
+from pipelines.model_folder import check_model
+from pipelines.schema import conform_all, infer_schema
+from pipelines.settings import Replicas
+from pipelines.storage import Storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A plan that may not be saved yet, and what there is of its output."""
+
+    job: LoadedJob
+    storage: Storage
+    plan: Plan
+    identity: dict[str, Any]
+    """What the fingerprint was taken of."""
+
+    @cached_property
+    def committed(self) -> frozenset[str]:
+        """Ids of the planned shards whose part stands."""
+        return frozenset(committed_shards(self.storage, self.plan))
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """Shards, rows, bytes and files, as JSON values."""
+        return {
+            **summary(self.plan),
+            "job": self.job.spec.name,
+            "output": self.storage.url(),
+            "committed_shards": len(self.committed),
+            "finished": self.storage.exists(SUCCESS),
+        }
+
+    def save(self) -> Plan:
+        """Make the output this job's and store what is new of the plan. Only under the output's lock."""
+        claim(self.storage, self.job, self.plan.fingerprint, self.identity)
+        return save_plan(self.storage, self.plan)
+
+    def render(self) -> RenderableType:
+        """Lines for the terminal."""
+        found = self.summary
+        rows = f"{found['rows']:,}" if found["rows"] is not None else f"about {found['rows_estimated']:,}"
+        formats = ", ".join(f"{n:,} {name}" for name, n in found["files_by_format"].items())
+        largest = found["largest_shard"]
+        lines = [
+            f"[bold]{found['job']}[/] · spec {found['fingerprint']} → {found['output']}",
+            f"input   {formats} files, {rows} rows, {found['bytes'] / 1e6:,.1f} MB to read",
+            f"shards  {found['shards']:,}, {found['committed_shards']:,} of them committed"
+            + (f", {found['new_shards']:,} new" if found["new_shards"] else ""),
+        ]
+        if largest and largest["rows"] is not None:
+            lines.append(f"        the largest has {largest['rows']:,} rows")
+        if found["superseded_shards"]:
+            lines.append(f"        {found['superseded_shards']:,} superseded by changed files")
+        if found["finished"] and found["committed_shards"] == found["shards"]:
+            lines.append("nothing to do: the job is finished")
+        return Group(*lines)
+
+
+def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
+    """Plan a job without writing anything.
+
+    `relist` lists the input and extends an existing plan; without it an existing plan is taken as it is. Raises
+    BadInput for whatever is wrong with model, function, input, columns or output.
+    """
+    spec = job.spec
+    check_model(spec.model)
+    if spec.prompt.function:
+        load_function(spec.prompt.function, own_folders())
+    covered = identity(job, own_folders())
+    print_ = fingerprint(covered)
+    storage = Storage(spec.output.path, spec.output.storage_options)
+    check_claim(storage, print_, covered)
+    plan = load_plan(storage)
+    if not relist:
+        if plan is None:
+            raise OutputError(f"{storage.url()} has no plan to resume: use `dray run`")
+        return Proposal(job=job, storage=storage, plan=plan, identity=covered)
+    files = list_files(spec.input, needed_columns(spec), plan.by_path if plan else None)
+    if plan is None:
+        schema = input_schema(spec, files)
+        plan = new_plan(files, schema, print_, **_cutting(spec))
+        if not plan.shards:
+            raise InputError(f"{spec.input.path}: the input has no rows")
+    else:
+        known = plan.by_path
+        unseen = [file for file in files if file is not known.get(file.path)]
+        conform_all(unseen, plan.input_schema, spec.input)
+        plan = extend(plan, files, on_changed=spec.input.on_changed, **_cutting(spec))
+    return Proposal(job=job, storage=storage, plan=plan, identity=covered)
+
+
+def input_schema(spec: JobSpec, files: list[InputFile]) -> pa.Schema:
+    """The columns that will be read, checked against everything in the job that names a column."""
+    schema = infer_schema(files, spec.input, needed_columns(spec))
+    check_against_schema(spec, schema)
+    return schema
+
+
+def work_of(job: LoadedJob, schema: pa.Schema, *, fingerprint: str, run_id: str) -> Work:
+    """What the workers need to know of the job."""
+    spec = job.spec
+    function = spec.prompt.function
+    return Work(
+        job=spec.name,
+        run_id=run_id,
+        fingerprint=fingerprint,
+        code_digest=code_digest(),
+        code_path=code_path(),
+        user_modules=user_folders(function, own_folders()) if function else (),
+        input=spec.input,
+        prompt=spec.prompt,
+        model=spec.model,
+        sampling=spec.sampling,
+        output=spec.output,
+        pool=spec.pool,
+        errors=spec.errors,
+        input_schema=schema,
+    )
+
+
+def own_folders() -> tuple[str, ...]:
+    """Where a user's prompt package may lie besides the installed ones: the working directory, after all others."""
+    return (os.getcwd(),)
+
+
+def _cutting(spec: JobSpec) -> dict[str, Any]:
+    """How to cut, for `jobs.cutting.cut`: from the pool's size at planning; a saved plan never changes with it."""
+    replicas = spec.pool.replicas
+    engines = replicas.max if isinstance(replicas, Replicas) else replicas
+    speed = CPU_TOKENS_PER_S if spec.pool.device == "cpu" else GPU_TOKENS_PER_S
+    return {
+        "rows": spec.shards.rows,
+        "target_tokens": speed * SHARD_S,
+        "output_tokens": (spec.sampling.max_tokens or 1024) / 2 * spec.sampling.n,
+        "feed": engines * spec.pool.shards_in_flight,
+    }

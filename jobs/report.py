@@ -1,0 +1,138 @@
+"""What a job did, as figures: folded from the footers, the same for a run that just ended and one of last year."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from jobs.books import Books
+from jobs.ledger import Run
+from pipelines.contracts import ShardStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A job's totals, rates and state."""
+
+    job: str
+    output: str
+    fingerprint: str
+    state: str
+    """`complete`: `_SUCCESS` stands. Otherwise `incomplete`, or `over budget` when only the error budget is in the way."""
+    shards_planned: int
+    shards_committed: int
+    rows_planned: int | None
+    """None where the input's row count is known only once it is read."""
+    stats: ShardStats
+    output_bytes: int
+    generating_s: float
+    """Wall seconds from an engine being ready to the last commit, summed over runs: start-up is not in it."""
+    engine_start_s: float
+    """The longest start of an engine."""
+    engines: tuple[str, ...]
+    simulated: bool
+    problems: tuple[str, ...]
+    runs: tuple[Run, ...]
+
+    @property
+    def output_tokens_per_s(self) -> float | None:
+        """Completion tokens over `generating_s`."""
+        return self.stats.completion_tokens / self.generating_s if self.generating_s else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; the histograms appear as p50, p95 and p99 in seconds."""
+        data = asdict(self)
+        stats = self.stats.to_dict()
+        for name in ("latency_s", "ttft_s"):
+            stats[name] = percentiles(self.stats, name)
+        return {**data, "stats": stats, "output_tokens_per_s": self.output_tokens_per_s}
+
+
+def percentiles(stats: ShardStats, name: str) -> dict[str, float | None]:
+    """p50, p95 and p99 of `latency_s` or `ttft_s`."""
+    histogram = getattr(stats, name)
+    return {f"p{round(q * 100)}": histogram.quantile(q) for q in (0.5, 0.95, 0.99)}
+
+
+def make_report(
+    *,
+    job: str,
+    output: str,
+    fingerprint: str,
+    books: Books,
+    runs: list[Run],
+    succeeded: bool,
+    max_error_rate: float,
+) -> Report:
+    """Fold the books into a report."""
+    stats = books.totals
+    over = books.complete and stats.error_rate > max_error_rate
+    rows = [shard.rows for shard in books.shards]
+    origins = [part.footer.provenance for part in books.parts]
+    by_run: dict[str, list[Any]] = {}
+    for origin in origins:
+        by_run.setdefault(origin.run_id, []).append(origin)
+    return Report(
+        job=job,
+        output=output,
+        fingerprint=fingerprint,
+        state="complete" if succeeded else "over budget" if over else "incomplete",
+        shards_planned=len(books.shards),
+        shards_committed=len(books.parts),
+        rows_planned=None if None in rows else sum(n for n in rows if n is not None),
+        stats=stats,
+        output_bytes=books.bytes,
+        generating_s=sum(
+            max(o.committed_at for o in group) - min(o.engine_ready_at or o.started_at for o in group)
+            for group in by_run.values()
+        ),
+        engine_start_s=max((o.engine_start_s for o in origins), default=0.0),
+        engines=tuple(sorted({f"{o.engine} on {o.device}" for o in origins})),
+        simulated=any(o.engine == "simulated" for o in origins),
+        problems=books.problems,
+        runs=tuple(runs),
+    )
+
+
+def render(report: Report) -> RenderableType:
+    """The summary table of the terminal."""
+    stats = report.stats
+    latency = percentiles(stats, "latency_s")
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+
+    def line(name: str, value: str) -> None:
+        table.add_row(name, value)
+
+    line("job", f"{report.job} · {report.state}" + (" · SIMULATED ENGINE" if report.simulated else ""))
+    line("output", report.output)
+    line("shards", f"{report.shards_committed:,} of {report.shards_planned:,}")
+    filtered = f" ({stats.rows_filtered:,} filtered)" if stats.rows_filtered else ""
+    line("rows", f"{stats.rows_ok:,} ok, {stats.rows_failed:,} failed of {stats.rows_in:,}{filtered}")
+    if stats.samples != stats.rows_ok:
+        line("samples", f"{stats.samples:,}")
+    line("tokens in / out", f"{stats.prompt_tokens:,} / {stats.completion_tokens:,}")
+    if report.output_tokens_per_s is not None:
+        rows_per_s = stats.rows_in / report.generating_s
+        line("speed", f"{report.output_tokens_per_s:,.0f} output tokens/s, {rows_per_s:,.1f} rows/s")
+    line("time", f"{report.generating_s:,.1f} s generating, engine start {report.engine_start_s:,.1f} s")
+    line("latency p50 / p95", f"{seconds(latency['p50'])} / {seconds(latency['p95'])}")
+    if stats.cached_tokens:
+        line("prefix cache", f"{stats.cached_tokens / stats.prompt_tokens:.1%} of prompt tokens")
+    line("finish", ", ".join(f"{k} {v:,}" for k, v in stats.finish_reasons.items()) or "–")
+    line("errors", ", ".join(f"{k} {v:,}" for k, v in stats.error_codes.items()) or "none")
+    line("engine", ", ".join(report.engines) or "–")
+    line("size", f"{report.output_bytes / 1e6:,.1f} MB")
+    problems = [f"problem: {problem}" for problem in report.problems]
+    return Group(table, *problems)
+
+
+def seconds(value: float | None) -> str:
+    """A duration for people: `18 ms`, `2.4 s`."""
+    if value is None:
+        return "–"
+    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.1f} s"

@@ -1,0 +1,270 @@
+"""What a job is: the validated job file, and the mistakes that show before any file is opened.
+
+`jobs.loading` makes a `JobSpec` of YAML; `check_against_schema` holds it against the columns that the input really has.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Annotated
+
+import pyarrow as pa
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from jobs.places import overlap
+from pipelines.contracts import LOGPROBS_FIELD, RESULT_FIELDS
+from pipelines.engine_args import check_engine_args
+from pipelines.errors import ModelError, SpecError
+from pipelines.filter import compile_filter
+from pipelines.schema import wanted_columns
+from pipelines.settings import (
+    ErrorSettings,
+    InputSettings,
+    ModelSettings,
+    OutputSettings,
+    PoolSettings,
+    PromptSettings,
+    SamplingSettings,
+    Settings,
+    ShardSettings,
+)
+from pipelines.template import GLOBALS, Template
+
+_ADDRESS = re.compile(r"local|auto|(ray://)?[\w.-]+:\d{1,5}|(ray://)?\[[0-9a-fA-F:.]+\]:\d{1,5}")
+
+
+class ClusterSettings(Settings):
+    """Which Ray cluster runs the job."""
+
+    address: str = "local"
+    """`local` starts Ray on this machine, reachable from it only; `auto`, `host:port` or `ray://host:port` joins a
+    running cluster."""
+    num_cpus: PositiveInt | None = None
+    """CPU cores of a cluster started with `local`; default: all of the machine's."""
+    num_gpus: Annotated[int, Field(ge=0)] | None = None
+    """GPUs of a cluster started with `local`; default: all of the machine's."""
+
+    @field_validator("address")
+    @classmethod
+    def _known_form(cls, address: str) -> str:
+        if not _ADDRESS.fullmatch(address):
+            raise ValueError(f"expected local, auto, host:port or ray://host:port, got {address!r}")
+        return address
+
+    @model_validator(mode="after")
+    def _size_of_own_cluster_only(self) -> ClusterSettings:
+        if self.address != "local" and (self.num_cpus is not None or self.num_gpus is not None):
+            raise ValueError("num_cpus and num_gpus are for address: local; a running cluster has its own")
+        return self
+
+
+class JobSpec(Settings):
+    """One job, complete and consistent."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """Letters, digits, dots, dashes and underscores; stands in the ledger, in logs and metrics."""
+    input: InputSettings
+    """Where the rows come from."""
+    prompt: PromptSettings
+    """How a row becomes a prompt."""
+    model: ModelSettings
+    """Which model answers."""
+    sampling: SamplingSettings = SamplingSettings()
+    """How tokens are chosen."""
+    output: OutputSettings
+    """Where and how the dataset is written."""
+    pool: PoolSettings = PoolSettings()
+    """How many engines, and on what."""
+    shards: ShardSettings = ShardSettings()
+    """How the input is cut."""
+    errors: ErrorSettings = ErrorSettings()
+    """What may fail, and how often."""
+    cluster: ClusterSettings = ClusterSettings()
+    """Which Ray cluster runs the job."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> JobSpec:
+        problems = _place_problems(self) + _source_problems(self) + _engine_problems(self)
+        problems = problems or _column_problems(self)  # which compiles templates and the filter
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def result_columns(self) -> tuple[str, ...]:
+        """The columns that Dray adds to the input's."""
+        extra = [LOGPROBS_FIELD] if self.sampling.logprobs is not None else []
+        return tuple(field.name for field in (*RESULT_FIELDS, *extra))
+
+
+def needed_columns(spec: JobSpec) -> frozenset[str]:
+    """Columns that are read whatever `input.columns` says: those of the prompt, the filter and `id_column`.
+
+    A prompt function takes the columns that it finds, so it adds none.
+    """
+    names = {name for _, name in _prompt_columns(spec)}
+    if spec.input.filter:
+        names |= compile_filter(spec.input.filter).columns
+    if spec.input.id_column:
+        names.add(spec.input.id_column)
+    return frozenset(names)
+
+
+def check_against_schema(spec: JobSpec, schema: pa.Schema) -> None:
+    """Raise SpecError, one line per mistake, for columns that the input lacks or may not have.
+
+    `schema` holds the input's columns, all of them or those that the job reads.
+    """
+    known = schema.names
+    named = [("input.columns", name) for name in spec.input.columns or ()]
+    named += [("input.id_column", spec.input.id_column)] if spec.input.id_column else []
+    named += _prompt_columns(spec)
+    named += [("output.rename", name) for name in spec.output.rename]
+    named += [("output.columns", name) for name in spec.output.columns if spec.output.columns != "all"]
+    problems = [f"{key}: {_unknown_column(name, known)}" for key, name in named if name not in known]
+    if spec.input.filter:
+        try:
+            compile_filter(spec.input.filter).check(schema)
+        except SpecError as error:
+            problems.append(str(error))
+    problems += _type_problems(spec, schema)
+    if spec.output.columns == "all":
+        read = _read_columns(spec)
+        problems += _collisions(spec, [name for name in known if read is None or name in read])
+    if problems:
+        raise SpecError("\n".join(dict.fromkeys(problems)))
+
+
+def _read_columns(spec: JobSpec) -> list[str] | None:
+    """What is read where `input.columns` says so; None: all columns."""
+    wanted = wanted_columns(spec.input, needed_columns(spec))
+    return None if wanted is None else list(wanted)
+
+
+def _place_problems(spec: JobSpec) -> list[str]:
+    paths = [spec.input.path] if isinstance(spec.input.path, str) else spec.input.path
+    return [
+        f"output.path: {spec.output.path} {how} input.path {path}; the job would read its own output: "
+        f"choose a folder apart from the input"
+        for path in paths
+        if (how := overlap(input_path=path, output_path=spec.output.path))
+    ]
+
+
+def _column_problems(spec: JobSpec) -> list[str]:
+    """Mistakes among `input.columns`, `output.columns` and `output.rename` that need no schema."""
+    problems = []
+    read = _read_columns(spec)
+    carried = read if spec.output.columns == "all" else list(spec.output.columns)
+    if read is not None and carried is not None:
+        problems += [
+            f"output.columns: {name!r} is not among the columns that are read ({', '.join(read)})"
+            for name in carried
+            if name not in read
+        ]
+    for name in spec.output.rename:
+        if carried is not None and name not in carried:
+            where = "the columns that are read" if spec.output.columns == "all" else "output.columns"
+            problems.append(f"output.rename: {name!r} is not among {where} ({', '.join(carried)})")
+    return problems + _collisions(spec, carried if carried is not None else list(spec.output.rename))
+
+
+def _collisions(spec: JobSpec, carried: list[str]) -> list[str]:
+    """Columns of the output that would have one name: two of the input's, or one of them and a result column."""
+    problems = []
+    taken: dict[str, str] = {}
+    for name in carried:
+        target = spec.output.rename.get(name, name)
+        if target in spec.result_columns:
+            if name == target:
+                problems.append(
+                    f"output.rename: the input column {name!r} has the name of a result column; "
+                    f"rename it, for example output.rename.{name}=input_{name}"
+                )
+            else:
+                problems.append(f"output.rename: {name!r} cannot become {target!r}, a result column")
+        elif target in taken:
+            problems.append(f"output.rename: {taken[target]!r} and {name!r} would both become {target!r}")
+        taken.setdefault(target, name)
+    return problems
+
+
+def _source_problems(spec: JobSpec) -> list[str]:
+    """Templates and filters that do not compile."""
+    problems = []
+    for key, source in _templates(spec):
+        try:
+            Template(source, key)
+        except SpecError as error:
+            problems.append(str(error))
+    if spec.input.filter:
+        try:
+            compile_filter(spec.input.filter)
+        except SpecError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _engine_problems(spec: JobSpec) -> list[str]:
+    problems = []
+    for name, value in spec.model.engine.items():
+        try:
+            check_engine_args({name: value})
+        except ModelError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _templates(spec: JobSpec) -> list[tuple[str, str]]:
+    given = {"prompt.template": spec.prompt.template, "prompt.system": spec.prompt.system}
+    return [(key, source) for key, source in given.items() if source is not None]
+
+
+def _prompt_columns(spec: JobSpec) -> list[tuple[str, str]]:
+    """(key, column) for each column that the prompt cannot do without."""
+    found = []
+    for key, source in _templates(spec):
+        template = Template(source, key)
+        needed = template.columns - template.optional - GLOBALS - {"row_id"}
+        found += [(key, name) for name in sorted(needed)]
+    columns = {
+        "prompt.messages_column": spec.prompt.messages_column,
+        "prompt.prompt_column": spec.prompt.prompt_column,
+    }
+    return found + [(key, name) for key, name in columns.items() if name is not None]
+
+
+def _type_problems(spec: JobSpec, schema: pa.Schema) -> list[str]:
+    problems = []
+    name = spec.prompt.prompt_column
+    if name in schema.names and not _is_text(schema.field(name).type):
+        problems.append(f"prompt.prompt_column: {name!r} holds {schema.field(name).type} values, not text")
+    name = spec.prompt.messages_column
+    if name in schema.names:
+        type_ = schema.field(name).type
+        if not _is_text(type_) and not (_is_list(type_) and pa.types.is_struct(type_.value_type)):
+            problems.append(
+                f"prompt.messages_column: {name!r} holds {type_} values, not a list of role and content or JSON text"
+            )
+    return problems
+
+
+def _unknown_column(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"unknown column {name!r}; did you mean {near[0]!r}?"
+    return f"unknown column {name!r}; there are: {', '.join(known[:12])}{', …' if len(known) > 12 else ''}"
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+    is_string = pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
+    return bool(is_string or pa.types.is_null(type_))
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
+    )

@@ -1,0 +1,108 @@
+"""Put a shard's part file: the one moment at which a shard counts as done.
+
+The part is built whole in memory, with its statistics in the footer, and put with one create-only request; its existence
+is the commit (design §4.4). Whoever comes second throws its rows away and reports the statistics of the part that stands.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+import uuid
+from dataclasses import asdict, replace
+from functools import cached_property
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines import __version__
+from pipelines.code import check_code
+from pipelines.contracts import FORMAT_VERSION, Provenance, Work
+from pipelines.detokenize import Detokenizer
+from pipelines.errors import ShardError
+from pipelines.part import FOOTER_KEY, Footer, read_part, to_parquet
+from pipelines.result import build_result, count
+from pipelines.stage import Failure, Parcel
+from pipelines.storage import Storage
+from pipelines.tokenizer import load_tokenizer
+
+
+class Commit:
+    """The last stage of the Ray graph: generations in, a part file and its footer out."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.storage = Storage(work.output.path, work.output.storage_options)
+
+    @cached_property
+    def detokenizer(self) -> Detokenizer:
+        """Made by the first shard, so that what is wrong with it is that shard's failure and not Ray's."""
+        check_code(self.work.code_digest, self.work.code_path)
+        return Detokenizer(load_tokenizer(self.work.model), self.work.sampling)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """One row: the shard's id, and its footer or its failure, as JSON."""
+        parcel = Parcel.from_batch(batch)
+        footer, failure = None, parcel.failure
+        if failure is None:
+            try:
+                footer = self.shard(parcel)
+            except Exception as error:  # noqa: BLE001 - classified by Failure.of
+                failure = Failure.of("commit", error)
+        return pa.table(
+            {
+                "shard": [parcel.shard.id],
+                "footer": pa.array([footer and footer.to_json()], pa.large_string()),
+                "failure": pa.array([failure and json.dumps(asdict(failure))], pa.large_string()),
+            }
+        )
+
+    def shard(self, parcel: Parcel) -> Footer:
+        """Build and put the part of one shard; the footer that stands afterwards, ours or an earlier one."""
+        began = time.monotonic()
+        result = build_result(parcel, self.work, self.detokenizer)
+        stats = count(parcel, result)
+        if not stats.balanced:
+            raise ShardError(f"the books of shard {parcel.shard.id} do not balance: {stats}")
+        errors_object = None
+        if self.work.output.failed_rows == "separate":
+            failed = pc.is_valid(result["error_code"])
+            errors_object = self._put_errors(parcel, result.filter(failed))
+            result = result.filter(pc.invert(failed))
+        footer = Footer(
+            format_version=FORMAT_VERSION,
+            shard=parcel.shard,
+            fingerprint=self.work.fingerprint,
+            stats=replace(stats, commit_s=time.monotonic() - began),
+            provenance=self._provenance(parcel),
+            errors_object=errors_object,
+        )
+        data = to_parquet(result, self.work.output.compression, {FOOTER_KEY: footer.to_json()})
+        if self.storage.create(f"data/{parcel.shard.part_name}", data):
+            return footer
+        return read_part(self.storage, parcel.shard.part_name).footer
+
+    def _put_errors(self, parcel: Parcel, failed: pa.Table) -> str | None:
+        """Named anew by each attempt, so that the one which comes second cannot overwrite what the part refers to."""
+        if not len(failed):
+            return None
+        stem = parcel.shard.part_name.removesuffix(".parquet")
+        name = f"errors/{stem}-{uuid.uuid4().hex[:8]}.parquet"
+        self.storage.write(name, to_parquet(failed, self.work.output.compression, {}))
+        return name
+
+    def _provenance(self, parcel: Parcel) -> Provenance:
+        return Provenance(
+            run_id=self.work.run_id,
+            job=self.work.job,
+            replica=parcel.notes["replica"],
+            node=socket.gethostname(),
+            device=parcel.notes["device"],
+            engine=parcel.notes["engine"],
+            dray_version=__version__,
+            started_at=parcel.notes["started_at"],
+            engine_start_s=parcel.notes["engine_start_s"],
+            engine_ready_at=parcel.notes["engine_ready_at"],
+            committed_at=time.time(),
+        )

@@ -1,0 +1,311 @@
+"""What passes between the stages, and what a part file holds: shards, columns, Arrow schemas, statistics.
+
+    Shard ──prepare──► prompts ──generate──► generations ──commit──► part file + ShardStats
+
+Stages exchange one row per shard; the shard's own rows travel inside it as Arrow IPC bytes (`pack`, `unpack`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from pipelines.histogram import Histogram
+from pipelines.settings import (
+    ErrorSettings,
+    InputSettings,
+    ModelSettings,
+    OutputSettings,
+    PoolSettings,
+    PromptSettings,
+    SamplingSettings,
+)
+
+#: Version of the output layout, in `.dray/spec.json` and in every part's footer.
+FORMAT_VERSION = 1
+
+
+# ── What to read ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFile:
+    """One file of the input as the listing found it. `version` changes when its content does."""
+
+    path: str
+    """Full URL or absolute local path: the file's part of every row id."""
+    size: int
+    """Bytes as stored."""
+    version: str
+    """ETag, or size and modification time where the store has none."""
+    format: Literal["parquet", "jsonl", "csv"]
+    compression: Literal["none", "gzip"] = "none"
+    rows: int | None = None
+    """Known for Parquet, from its footer."""
+    row_groups: tuple[int, ...] = ()
+    """Parquet: rows of each row group."""
+    data_bytes: int = 0
+    """Estimated uncompressed bytes of the columns that will be read."""
+    estimated_rows: int = 0
+    """`rows` where known, else a guess from the size and a sample of lines; sizes shards, promises nothing."""
+    schema: pa.Schema | None = field(default=None, compare=False, repr=False)
+    """Parquet: from the footer, so that planning opens each file once; not stored with the plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A contiguous piece of one input file."""
+
+    path: str
+    version: str
+    size: int
+    format: Literal["parquet", "jsonl", "csv"]
+    compression: Literal["none", "gzip"]
+    unit: Literal["rows", "bytes", "file"]
+    start: int
+    """First row (0-based) or byte; 0 for a whole file."""
+    stop: int
+    """One past the last row or byte; the file's size for a whole file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """The unit of work, commit and retry."""
+
+    ordinal: int
+    """Position in the plan; fixes the order of parts, not the identity."""
+    id: str
+    """16 hex digits of `shard_id`: what is read, and the fingerprint of what is done with it."""
+    spans: tuple[Span, ...]
+    rows: int | None
+    """Rows to read, where known before reading."""
+    bytes: int
+    """Estimated uncompressed bytes to read."""
+
+    @property
+    def part_name(self) -> str:
+        """Object name below `data/`."""
+        return f"part-{self.ordinal:06d}-{self.id}.parquet"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Shard:
+        data = json.loads(text)
+        return cls(**{**data, "spans": tuple(Span(**span) for span in data["spans"])})
+
+
+def shard_id(spans: tuple[Span, ...], fingerprint: str) -> str:
+    """Identity of a shard by content: 16 hex digits over its spans and the spec's fingerprint."""
+    canonical = json.dumps([fingerprint, [vars(span) for span in spans]], sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """All that a worker needs to know of a job; built once by the driver, the same for every shard."""
+
+    job: str
+    run_id: str
+    fingerprint: str
+    code_digest: str
+    """Digest of the driver's `pipelines` package; see `pipelines.code`."""
+    code_path: str
+    user_modules: tuple[str, ...]
+    """Folders that hold the user's own packages, for the workers' import path."""
+    input: InputSettings
+    prompt: PromptSettings
+    model: ModelSettings
+    sampling: SamplingSettings
+    output: OutputSettings
+    pool: PoolSettings
+    errors: ErrorSettings
+    input_schema: pa.Schema
+    """The input columns that are read, pinned at the first plan."""
+
+
+# ── What passes between the stages ──────────────────────────────────────────────────────────────────────────────
+
+#: Added to the input columns by reading; the row's place, or why it cannot be read.
+ROW_ID = pa.field("row_id", pa.string(), nullable=False)
+ERROR_FIELDS = (pa.field("error_code", pa.string()), pa.field("error_message", pa.string()))
+
+#: One row per input row, in the same order as the shard's rows.
+PROMPT_SCHEMA = pa.schema(
+    [
+        ROW_ID,
+        pa.field("token_ids", pa.list_(pa.int32())),  # null: see error_code
+        *ERROR_FIELDS,
+    ]
+)
+
+#: One row per (input row, sample); `row` is the position in the prompts table.
+LOGPROBS_TYPE = pa.list_(
+    pa.struct(
+        [
+            pa.field("token_id", pa.int32()),
+            pa.field("logprob", pa.float32()),
+            pa.field("top", pa.list_(pa.struct([("token_id", pa.int32()), ("logprob", pa.float32())]))),
+        ]
+    )
+)
+GENERATION_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32())),  # null: see error_code
+        pa.field("text", pa.large_string()),  # null unless the engine detokenised (stop strings)
+        pa.field("finish_reason", pa.string()),
+        pa.field("cached_tokens", pa.int32()),
+        pa.field("logprobs", LOGPROBS_TYPE),
+        *ERROR_FIELDS,
+    ]
+)
+
+#: What a part holds after the input columns. Key: (row_id, sample_index).
+RESULT_FIELDS = (
+    ROW_ID,
+    pa.field("sample_index", pa.int32(), nullable=False),
+    pa.field("generated_text", pa.string()),
+    pa.field("finish_reason", pa.string()),
+    pa.field("prompt_tokens", pa.int32()),
+    pa.field("completion_tokens", pa.int32()),
+    pa.field("cached_tokens", pa.int32()),
+    *ERROR_FIELDS,
+    pa.field("run_id", pa.string(), nullable=False),
+)
+LOGPROBS_FIELD = pa.field("logprobs", LOGPROBS_TYPE)
+
+
+def result_schema(input_schema: pa.Schema, output: OutputSettings, sampling: SamplingSettings) -> pa.Schema:
+    """The explicit schema of every part of a job, errors and logprobs columns included."""
+    names = input_schema.names if output.columns == "all" else output.columns
+    carried = [
+        input_schema.field(name).with_name(output.rename.get(name, name)).with_nullable(True)
+        for name in names
+    ]
+    extra = [LOGPROBS_FIELD] if sampling.logprobs is not None else []
+    return pa.schema([*carried, *RESULT_FIELDS, *extra])
+
+
+def pack(table: pa.Table) -> bytes:
+    """A table as Arrow IPC bytes, for one cell of the row that carries a shard."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def unpack(data: bytes | pa.Buffer) -> pa.Table:
+    """The table that `pack` packed; zero-copy for a buffer."""
+    with pa.ipc.open_stream(data) as reader:
+        return reader.read_all()
+
+
+# ── What is counted ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardStats:
+    """The statistics of one shard, and by addition of any set of shards.
+
+    Times are seconds of wall clock summed over shards (`generate_s` of shards that share an engine overlap).
+    """
+
+    shards: int = 1
+    rows_read: int = 0
+    rows_filtered: int = 0
+    rows_in: int = 0
+    """rows_read - rows_filtered; equals rows_ok + rows_failed."""
+    rows_ok: int = 0
+    rows_failed: int = 0
+    samples: int = 0
+    """Answers written; rows_ok × n."""
+    prompt_tokens: int = 0
+    """Counted once per row that got an answer, whatever n is."""
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens found in the engine's prefix cache."""
+    prepare_s: float = 0.0
+    queue_s: float = 0.0
+    """From prepared to the first request admitted."""
+    generate_s: float = 0.0
+    commit_s: float = 0.0
+    preemptions: int = 0
+    error_codes: dict[str, int] = field(default_factory=dict)
+    finish_reasons: dict[str, int] = field(default_factory=dict)
+    latency_s: Histogram = field(default_factory=Histogram)
+    """Seconds from admission to the answer, per request."""
+    ttft_s: Histogram = field(default_factory=Histogram)
+    """Seconds from admission to the first token, per request."""
+
+    def __add__(self, other: ShardStats) -> ShardStats:
+        merged = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
+        return ShardStats(
+            **merged,
+            error_codes=_add_counts(self.error_codes, other.error_codes),
+            finish_reasons=_add_counts(self.finish_reasons, other.finish_reasons),
+        )
+
+    @property
+    def balanced(self) -> bool:
+        """The books of design §4.6."""
+        return (
+            self.rows_read == self.rows_filtered + self.rows_in
+            and self.rows_in == self.rows_ok + self.rows_failed
+            and sum(self.error_codes.values()) == self.rows_failed
+        )
+
+    @property
+    def error_rate(self) -> float:
+        """Failed rows over rows; 0 for no rows."""
+        return self.rows_failed / self.rows_in if self.rows_in else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(replace(self, latency_s=Histogram(), ttft_s=Histogram()))
+        return {**data, "latency_s": self.latency_s.to_dict(), "ttft_s": self.ttft_s.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ShardStats:
+        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+        for name in ("latency_s", "ttft_s"):
+            known[name] = Histogram.from_dict(known.get(name, {}))
+        return cls(**known)
+
+
+_SUMMED = tuple(
+    name for name in ShardStats.__dataclass_fields__ if name not in ("error_codes", "finish_reasons")
+)
+
+
+def _add_counts(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+    return {key: a.get(key, 0) + b.get(key, 0) for key in sorted({*a, *b})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Who made a part: stands in its footer and in `stats/shards.parquet`, is not summed."""
+
+    run_id: str
+    job: str
+    attempt: int = 1
+    replica: str = ""
+    node: str = ""
+    device: str = ""
+    """GPU name, or `cpu`."""
+    engine: str = ""
+    """Engine and version, for example `vllm 0.32.0`, or `simulated`."""
+    dray_version: str = ""
+    started_at: float = 0.0
+    """Unix time at which preparing began."""
+    engine_start_s: float = 0.0
+    """Seconds that the shard's engine took to start."""
+    engine_ready_at: float = 0.0
+    """Unix time at which it was ready."""
+    committed_at: float = 0.0

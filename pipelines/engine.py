@@ -1,0 +1,104 @@
+"""The seam to an inference engine: what the generate stage asks of it, and which one a job gets."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pipelines.errors import RowError
+from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """Known once the engine has started."""
+
+    name: str
+    """Engine and version, `vllm 0.32.0`, or `simulated`."""
+    device: str
+    """GPU name, or `cpu`."""
+    max_model_len: int
+    """Most tokens of prompt and answer together."""
+    max_num_seqs: int
+    """Most requests that the engine runs at once."""
+    start_s: float
+    """Seconds from the call of `start` to ready."""
+    ready_at: float
+    """Unix time at which it was ready."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One of the n answers to a request."""
+
+    token_ids: Sequence[int]
+    """All generated tokens, the stop token included."""
+    text: str | None
+    """Set only where the engine had to detokenise (stop strings, bad words)."""
+    finish_reason: str
+    """`stop` or `length`."""
+    logprobs: list[dict[str, Any]] | None = None
+    """One `contracts.LOGPROBS_TYPE` struct per token, where asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What the engine returned for one prompt."""
+
+    samples: Sequence[Sample]
+    """In the order of their sample index."""
+    cached_tokens: int
+    ttft_s: float | None
+    """Seconds from the request to the first token, where the engine tells."""
+    preemptions: int = 0
+
+
+class Engine(Protocol):
+    """One engine, used from one event loop. All requests share the job's sampling settings."""
+
+    async def start(self) -> EngineInfo:
+        """Load the model. Raises EngineStartError."""
+
+    async def generate(self, request_id: str, token_ids: Sequence[int], seed: int | None) -> Answer:
+        """Answer one prompt. Cancelling the call aborts the request inside the engine.
+
+        Raises RowError when the engine refuses this request, EngineDied when the engine is gone.
+        """
+
+    async def stop(self) -> None:
+        """End the engine and every process it started. Safe to call twice, and before `start`."""
+
+
+def check_prompt(token_ids: Sequence[int], max_model_len: int) -> list[int]:
+    """The prompt as plain ints, checked before any engine sees it. Raises RowError.
+
+    vLLM relies on it: an id that is no integer ends the thread on which its engine process takes requests, and all
+    later ones hang; a negative id gets through to the embedding before 0.32, which kills a GPU engine.
+    """
+    try:
+        ids = array("q", token_ids).tolist()
+    except (TypeError, OverflowError) as error:
+        raise RowError("invalid_request", f"token ids must be integers: {error}") from error
+    if not ids:
+        raise RowError("empty_prompt", "the prompt has no tokens")
+    if len(ids) >= max_model_len:
+        raise RowError(
+            "prompt_too_long",
+            f"the prompt has {len(ids)} tokens and max_model_len is {max_model_len}, which counts prompt and answer",
+        )
+    if min(ids) < 0:
+        raise RowError("invalid_request", f"Token id {min(ids)} is out of vocabulary")
+    return ids
+
+
+def open_engine(model: ModelSettings, sampling: SamplingSettings, pool: PoolSettings) -> Engine:
+    """The engine that `model.backend` names, not started yet."""
+    if model.backend == "simulated":
+        from pipelines.simulated_engine import SimulatedEngine
+
+        return SimulatedEngine(model, sampling)
+    from pipelines.vllm_engine import VLLMEngine
+
+    return VLLMEngine(model, sampling, pool)

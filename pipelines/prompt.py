@@ -1,0 +1,316 @@
+"""Rows to prompts: render or collect the turns, apply the model's chat template, tokenise.
+
+    columns ─► turns (template | messages_column | prompt_column | function) ─► prompt text ─► token ids
+
+Each step can fail for one row without touching its neighbours; the error travels in the row's place.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.code import load_function
+from pipelines.contracts import PROMPT_SCHEMA
+from pipelines.errors import ROW_ERROR_CODES, RowError, SpecError
+from pipelines.messages import Message, Turns, checked, conversation, has_system
+from pipelines.settings import PromptSettings
+from pipelines.template import Template, null, one_line
+
+#: Columns that reading adds; the last ones of these names, should the input have such columns itself.
+_ADDED = ("row_id", "error_code", "error_message")
+
+
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    chat_template: Any
+
+    def __call__(self, text: list[str], **options: Any) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+class PromptBuilder:
+    """Builds the prompts of any number of tables. `folders` are the user's own, for `prompt.function`.
+
+    Raises SpecError on construction: template syntax, a function that cannot be imported, a chat without a chat
+    template.
+    """
+
+    def __init__(self, settings: PromptSettings, tokenizer: Tokenizer, folders: Sequence[str] = ()) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.chat = has_template if settings.chat is None else settings.chat
+        """Whether the model's chat template is applied."""
+        if not has_template:
+            needs = {
+                "system": settings.system,
+                "messages_column": settings.messages_column,
+                "chat": settings.chat,
+            }
+            for key, value in needs.items():
+                if value:
+                    raise SpecError(
+                        f"prompt.{key}: the model's tokenizer has no chat template; "
+                        f"choose an instruction-tuned model, or leave the key out"
+                    )
+        self._system = None if settings.system is None else Template(settings.system, "prompt.system")
+        self._source = _source(settings, folders)
+
+    def build(self, table: pa.Table) -> pa.Table:
+        """Prompts for all rows of `table`, in its order, as `contracts.PROMPT_SCHEMA`.
+
+        `table` holds the input columns and `row_id`; where it has `error_code` and `error_message`, rows that carry a
+        code keep it and get no tokens.
+        """
+        outcomes = self.texts(table)
+        token_ids = self._tokenise(outcomes)
+        errors = [outcome if isinstance(outcome, RowError) else None for outcome in outcomes]
+        return pa.table(
+            [
+                _added_column(table, "row_id"),
+                pa.array(token_ids, PROMPT_SCHEMA.field("token_ids").type),
+                pa.array([error and error.code for error in errors], pa.string()),
+                pa.array([error and str(error) for error in errors], pa.string()),
+            ],
+            schema=PROMPT_SCHEMA,
+        )
+
+    def texts(self, table: pa.Table) -> list[str | RowError]:
+        """The text of each row's prompt as the model will see it, or the row's error."""
+        broken = _broken_rows(table)
+        if not broken:
+            return self._texts(table)
+        # Nothing is rendered for rows that could not be read: their values are not the user's.
+        sound = iter(self._texts(table.filter(pc.is_null(_added_column(table, "error_code")))))
+        return [broken[place] if place in broken else next(sound) for place in range(table.num_rows)]
+
+    def _texts(self, table: pa.Table) -> list[str | RowError]:
+        outcomes: list[str | RowError] = []
+        asked: list[list[Message]] = []
+        places: list[int] = []
+        for turns, system in zip(self._source(table), self._systems(table), strict=True):
+            outcome = checked(turns)
+            if isinstance(outcome, RowError) or (isinstance(outcome, str) and not self.chat):
+                outcomes.append(outcome)
+            elif not self.chat:
+                outcomes.append(RowError("prompt_error", _NO_CHAT))
+            elif isinstance(system, RowError) and not has_system(outcome):
+                outcomes.append(system)
+            else:
+                places.append(len(outcomes))
+                asked.append(conversation(outcome, system))
+                outcomes.append("")
+        for place, text in zip(places, self._render_chats(asked), strict=True):
+            outcomes[place] = text
+        return outcomes
+
+    def _systems(self, table: pa.Table) -> Iterator[str | RowError | None]:
+        if self._system is None:
+            return iter([None] * table.num_rows)
+        if not self._system.columns:  # the same for all rows
+            return iter([_attempt(self._system.render)] * table.num_rows)
+        return _rendered(self._system, table)
+
+    def _render_chats(self, conversations: list[list[Message]]) -> list[str | RowError]:
+        def render(batch: list[Any]) -> list[str]:
+            # Keys of the job file first: the three below are Dray's to decide.
+            options = {**self.settings.chat_template_kwargs, "tokenize": False, "add_generation_prompt": True}
+            texts: list[str] = self.tokenizer.apply_chat_template(batch, **options)
+            return texts
+
+        return _batch_or_singly(render, conversations, "the model's chat template: ")
+
+    def _tokenise(self, outcomes: list[str | RowError]) -> list[Sequence[int] | None]:
+        """Token ids per row; turns the outcomes of rows that cannot be tokenised, or to nothing, into errors."""
+        places = [place for place, outcome in enumerate(outcomes) if isinstance(outcome, str)]
+        texts = [outcome for outcome in outcomes if isinstance(outcome, str)]
+
+        def encode(batch: list[str]) -> list[Sequence[int]]:
+            # A chat template writes the special tokens itself: adding them again would double BOS.
+            encoded = self.tokenizer(
+                batch,
+                add_special_tokens=not self.chat,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # "longer than the maximum" is checked where the engine's limit is known
+            )
+            ids: list[Sequence[int]] = encoded["input_ids"]
+            return ids
+
+        token_ids: list[Sequence[int] | None] = [None] * len(outcomes)
+        for place, result in zip(places, _batch_or_singly(encode, texts, "tokenising: "), strict=True):
+            if isinstance(result, RowError):
+                outcomes[place] = result
+            elif len(result) == 0:
+                outcomes[place] = RowError("empty_prompt", "the prompt has no tokens")
+            else:
+                token_ids[place] = result
+        return token_ids
+
+
+# ── Where the turns come from ────────────────────────────────────────────────────────────────────────────────────
+
+_NO_CHAT = "the prompt function returned messages, but no chat template is applied (prompt.chat, or the model has none)"
+Source = Callable[[pa.Table], Iterable[Turns | RowError]]
+
+
+def _source(settings: PromptSettings, folders: Sequence[str]) -> Source:
+    if settings.template is not None:
+        template = Template(settings.template, "prompt.template")
+        return lambda table: _rendered(template, table)
+    if settings.messages_column is not None:
+        messages_column = settings.messages_column
+        return lambda table: (
+            _value_or_error(value, messages_column, _parsed) for value in _values(table, messages_column)
+        )
+    if settings.prompt_column is not None:
+        prompt_column = settings.prompt_column
+        return lambda table: (
+            _value_or_error(value, prompt_column, _text) for value in _values(table, prompt_column)
+        )
+    assert settings.function is not None  # PromptSettings has exactly one source
+    function = load_function(settings.function, folders)
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise SpecError(
+            f"prompt.function: {settings.function} must be a plain function, not async or a generator"
+        )
+    return lambda table: _called(function, table)
+
+
+def _rendered(template: Template, table: pa.Table) -> Iterator[str | RowError]:
+    names = [name for name in table.column_names if name in template.columns]
+    names = list(dict.fromkeys(names))
+    nulls = {name: null(name) for name in names}
+    columns = [_values(table, name, nulls[name]) for name in names]
+    rows: Iterable[tuple[Any, ...]] = zip(*columns, strict=True) if columns else [()] * table.num_rows
+    render = template.render
+    for values in rows:
+        try:
+            yield _first_error(values) or render(dict(zip(names, values)))  # noqa: B905 -- equal by construction
+        except RowError as error:
+            yield error
+
+
+def _called(function: Callable[..., Any], table: pa.Table) -> Iterator[Turns | RowError]:
+    names = [
+        name for name in dict.fromkeys(table.column_names) if name not in ("error_code", "error_message")
+    ]
+    columns = [_values(table, name) for name in names]
+    for values in zip(*columns, strict=True):
+        try:
+            yield _first_error(values) or function(dict(zip(names, values, strict=True)))
+        except RowError as error:
+            known = error.code in ROW_ERROR_CODES
+            yield error if known else RowError("prompt_error", f"{error.code}: {one_line(error)}")
+        except (Exception, SystemExit) as error:  # noqa: BLE001 -- whatever user code raises is its row's error
+            yield RowError("prompt_error", f"prompt.function: {one_line(error)}")
+
+
+def _first_error(values: tuple[Any, ...]) -> RowError | None:
+    for value in values:
+        if isinstance(value, RowError):
+            return value
+    return None
+
+
+def _value_or_error(value: Any, column: str, convert: Callable[[Any], Turns]) -> Turns | RowError:
+    if isinstance(value, RowError):
+        return value
+    if value is None:
+        return RowError("missing_value", f"column {column!r} is null")
+    try:
+        return convert(value)
+    except RowError as error:
+        return error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise RowError("prompt_error", f"expected text, found {type(value).__name__}")
+    return value
+
+
+def _parsed(value: Any) -> Turns:
+    if not isinstance(value, str):
+        return value  # type: ignore[no-any-return]  # `checked` looks at the shape
+    try:
+        messages = json.loads(value)
+    except ValueError as error:
+        raise RowError("prompt_error", f"messages are not JSON: {one_line(error)}") from None
+    if not isinstance(messages, list):
+        raise RowError("prompt_error", f"messages must be a list, found {type(messages).__name__}")
+    return messages
+
+
+# ── Columns ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _broken_rows(table: pa.Table) -> dict[int, RowError]:
+    if "error_code" not in table.column_names:
+        return {}
+    codes = _added_column(table, "error_code")
+    if codes.null_count == len(codes):
+        return {}
+    messages = _added_column(table, "error_message").to_pylist()
+    return {
+        place: RowError(code, messages[place] or ROW_ERROR_CODES.get(code, code))
+        for place, code in enumerate(codes.to_pylist())
+        if code is not None
+    }
+
+
+def _added_column(table: pa.Table, name: str) -> pa.ChunkedArray:
+    return table.column(table.schema.get_all_field_indices(name)[-1])
+
+
+def _values(table: pa.Table, name: str, instead_of_null: Any = None) -> list[Any]:
+    """A column as Python values; values that are not UTF-8 become RowErrors (Arrow checks only on conversion)."""
+    places = table.schema.get_all_field_indices(name)
+    if not places:
+        return [instead_of_null] * table.num_rows
+    column = table.column(places[0])
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        values = [_decoded(value, name) for value in column]
+    if instead_of_null is None or column.null_count == 0:
+        return values
+    return [instead_of_null if value is None else value for value in values]
+
+
+def _decoded(value: pa.Scalar, name: str) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return RowError("invalid_utf8", f"column {name!r} is not UTF-8")
+
+
+def _attempt(render: Callable[[dict[str, Any]], str]) -> str | RowError:
+    try:
+        return render({})
+    except RowError as error:
+        return error
+
+
+def _batch_or_singly(call: Callable[[list[Any]], list[Any]], items: list[Any], what: str) -> list[Any]:
+    """`call` on all items at once; if that raises, one by one, with RowErrors in the failing items' places."""
+    if not items:
+        return []
+    try:
+        return call(items)
+    except Exception:  # noqa: BLE001 -- the batch does not tell which of its rows is at fault
+        results: list[Any] = []
+        for item in items:
+            try:
+                results.extend(call([item]))
+            except Exception as error:  # noqa: BLE001 -- templates and tokenizers raise anything
+                results.append(RowError("prompt_error", what + one_line(error)))
+        return results

@@ -1,0 +1,120 @@
+"""The whole Ray graph: shards in, one outcome per shard out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from pipelines.commit import Commit
+from pipelines.contracts import Shard, Work
+from pipelines.generate import Generate
+from pipelines.part import Footer
+from pipelines.prepare import Prepare
+from pipelines.settings import Replicas
+from pipelines.stage import Failure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How one attempt at a shard ended: with a footer, or with a failure."""
+
+    shard_id: str
+    footer: Footer | None
+    failure: Failure | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineResources:
+    """What Ray reserves for one engine actor."""
+
+    num_gpus: float
+    num_cpus: float
+
+
+def stream(shards: Sequence[Shard], work: Work, resources: EngineResources) -> Iterator[Outcome]:
+    """Run shards through prepare → generate → commit on the connected Ray cluster; outcomes as they come.
+
+    The largest shards go first, so that the tail is short. A shard without an outcome is the caller's to notice.
+    """
+    _configure()
+    largest_first = sorted(shards, key=lambda shard: (-(shard.rows or 0), -shard.bytes, shard.ordinal))
+    # One row per block, or Ray packs rows together: several shards in one call, delivered at its end.
+    dataset = ray.data.from_items(
+        [{"shard": shard.to_json()} for shard in largest_first], override_num_blocks=len(shards)
+    )
+    one_shard: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+    outcomes = (
+        dataset.map_batches(partial(_prepare, work=work), num_cpus=_PREPARE_CPUS, **one_shard)
+        .map_batches(
+            Generate,
+            fn_constructor_args=[work],
+            compute=_pool(work),
+            num_gpus=resources.num_gpus or None,
+            num_cpus=resources.num_cpus,
+            **one_shard,
+        )
+        .map_batches(partial(_commit, work=work), num_cpus=_COMMIT_CPUS, **one_shard)
+    )
+    for row in outcomes.iter_rows():
+        yield Outcome(
+            shard_id=row["shard"],
+            footer=Footer.from_json(row["footer"], row["shard"]) if row["footer"] else None,
+            failure=Failure(**json.loads(row["failure"])) if row["failure"] else None,
+        )
+
+
+#: Commits must find a place while reads are waiting, or prepared shards fill the object store.
+_PREPARE_CPUS = 0.5
+_COMMIT_CPUS = 0.1
+
+
+def _pool(work: Work) -> ray.data.ActorPoolStrategy:
+    replicas = work.pool.replicas
+    fixed = None if isinstance(replicas, Replicas) else replicas
+    return ray.data.ActorPoolStrategy(
+        size=fixed,
+        min_size=replicas.min if isinstance(replicas, Replicas) else None,
+        max_size=replicas.max if isinstance(replicas, Replicas) else None,
+        max_concurrent_calls_per_actor=work.pool.shards_in_flight,
+        max_tasks_in_flight_per_actor=work.pool.shards_in_flight,
+    )
+
+
+def _prepare(batch: pa.Table, work: Work) -> pa.Table:
+    return _stage(Prepare, work)(batch)
+
+
+def _commit(batch: pa.Table, work: Work) -> pa.Table:
+    return _stage(Commit, work)(batch)
+
+
+def _stage(kind: type[Prepare] | type[Commit], work: Work) -> Prepare | Commit:
+    """The stage of this worker process: tasks come and go, the loaded tokenizer stays."""
+    key = (kind, work.run_id)
+    if key not in _stages:
+        _stages[key] = kind(work)
+    return _stages[key]
+
+
+_stages: dict[tuple[type, str], Prepare | Commit] = {}
+
+
+def _configure() -> None:
+    """Settings that must stand before the dataset is built; see facts in ARCHITECTURE.md."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.verbose_progress = False
+    # A shard may take hours on a large model; Ray's own limit of 30 minutes without a finished block would end the job.
+    context.execution_no_progress_timeout_s = -1
+    # An engine actor that dies while it starts (a lost node) is replaced; a model that cannot load is no death.
+    context.max_consecutive_actor_init_deaths = 3
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

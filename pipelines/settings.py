@@ -1,0 +1,281 @@
+"""The sections of a job file that the data plane reads: frozen, and without unknown keys.
+
+`jobs.spec.JobSpec` composes them; each stage of the pipeline takes only the sections it needs. Settings are plain
+values: live objects (storage, tokenizer, engine) are built from them inside the worker that uses them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+
+def _distinct(names: list[str]) -> list[str]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"names {', '.join(map(repr, twice))} more than once")
+    return names
+
+
+Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+Text = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Text], AfterValidator(_distinct)]
+
+
+class Settings(BaseModel):
+    """Base of every section: immutable, and a key it does not know is an error."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,  # the text under a field is what `dray` and the docs say about the key
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Pydantic reads `true` as 1: `n: true` or `max_tokens: on` would pass as numbers.
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
+            raise PydanticCustomError("bool_given", "true and false are not allowed here")
+        return value
+
+
+class InputSettings(Settings):
+    """Where the rows come from."""
+
+    path: Text | Annotated[list[Text], Field(min_length=1)]
+    """A file, folder, glob or list of them; a local path or any fsspec URL."""
+    format: Literal["auto", "parquet", "jsonl", "csv"] = "auto"
+    """`auto` goes by the file's ending; `.gz` after it means gzip."""
+    columns: Annotated[Names, Field(min_length=1)] | None = None
+    """The columns to read and carry into the output (with `id_column`); all when not given. The prompt and the
+    filter can only use columns that are read."""
+    filter: Text | None = None
+    """A row condition such as `lang == 'en' and score > 0.5`; rows are numbered before it applies."""
+    id_column: Text | None = None
+    """A column of the user's own ids, carried along; never Dray's row identity."""
+    on_changed: Literal["refuse", "replace"] = "refuse"
+    """What to do when a file that is already planned has other content now."""
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """Passed to fsspec's file system, for example `endpoint_url`, `profile`, `key`, `secret`, `anon`."""
+
+
+class PromptSettings(Settings):
+    """How a row becomes a prompt; exactly one of `template`, `messages_column`, `prompt_column`, `function`."""
+
+    template: str | None = None
+    """Jinja, sandboxed; renders the user turn. A missing or null column is that row's error."""
+    messages_column: str | None = None
+    """A column of OpenAI-shaped messages (a list of structs, or JSON text)."""
+    prompt_column: str | None = None
+    """A column that holds the user turn itself."""
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")] | None = None
+    """`package.module:name` of a function `(row: dict) -> str | list[message]` in a package of your own."""
+    system: str | None = None
+    """The system turn, a Jinja template as well. Needs a chat model. A row whose messages begin with a system turn of
+    their own keeps that one."""
+    chat: bool | None = None
+    """Apply the model's chat template; default: whenever the model has one."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Extra variables for the model's chat template, for example `enable_thinking`."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptSettings:
+        given = [k for k in ("template", "messages_column", "prompt_column", "function") if getattr(self, k)]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(
+                f"give exactly one of template, messages_column, prompt_column, function; found {found}"
+            )
+        if self.chat is False and (self.system or self.messages_column):
+            raise ValueError("system and messages_column need the chat template; remove `chat: false`")
+        return self
+
+
+class SimulatedSettings(Settings):
+    """The simulated engine: answers derived from a hash of the prompt, in simulated time. Never a default."""
+
+    start_s: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds that the engine takes to start."""
+    tokens_per_s: PositiveFloat = 100_000.0
+    """Output tokens per second over all requests in flight."""
+    min_tokens: PositiveInt = 4
+    """Fewest tokens of an answer; how many it has is chosen by the prompt's hash."""
+    max_tokens: PositiveInt = 32
+    """Most tokens of an answer."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SimulatedSettings:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
+        return self
+
+
+class ModelSettings(Settings):
+    """Which model answers, and the engine that hosts it."""
+
+    source: Text
+    """A hub id, a local folder with `config.json`, or the URL of one in storage."""
+    revision: Text | None = None
+    """The hub revision; pin a commit for results that can be repeated."""
+    tokenizer: Text | None = None
+    """Where the tokenizer lives if not with the model."""
+    backend: Literal["vllm", "simulated"] = "vllm"
+    """`simulated` answers without a model, for tests and dry runs."""
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """vLLM's own EngineArgs, verbatim."""
+    simulated: SimulatedSettings = SimulatedSettings()
+    """Only for `backend: simulated`."""
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """GPUs of one engine (vLLM's `tensor_parallel_size`)."""
+        return int(self.engine.get("tensor_parallel_size", 1))
+
+
+class SamplingSettings(Settings):
+    """vLLM's SamplingParams, verbatim where the names agree."""
+
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Sample among the most likely tokens that together reach this probability."""
+    top_k: Annotated[int, Field(ge=-1)] = 0
+    """Sample among this many most likely tokens; 0 (or -1): all of them."""
+    min_p: Rate = 0.0
+    """Leave out tokens less likely than this share of the most likely one."""
+    max_tokens: PositiveInt | None = 512
+    """null: as far as `max_model_len` allows."""
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    """No stopping before this many tokens."""
+    n: PositiveInt = 1
+    """Answers per row: one output row each, told apart by `sample_index`."""
+    seed: int | None = None
+    """The job's seed; each row gets hash(seed, row_id). Opt-in: seeded sampling is slower."""
+    stop: Text | list[Text] | None = None
+    """Strings that end an answer."""
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    """Tokens that end an answer, besides the model's own."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string at the end of the text."""
+    bad_words: list[Text] | None = None
+    """Words that no answer may contain."""
+    ignore_eos: bool = False
+    """Generate on to `max_tokens`, past the model's end token."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    """Above 0: rather tokens that the answer does not have yet."""
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    """The same, in proportion to how often the answer has them."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Above 1: rather tokens that neither prompt nor answer have yet."""
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+    """Log probabilities of each output token and of this many alternatives, in the column `logprobs`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SamplingSettings:
+        if self.temperature == 0.0 and self.n > 1:
+            raise ValueError("n > 1 with temperature 0 gives n equal answers; raise the temperature")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
+        return self
+
+
+class OutputSettings(Settings):
+    """Where and how the dataset is written."""
+
+    path: Text
+    """A folder of its own: a local path or any fsspec URL."""
+    columns: Literal["all"] | Names = "all"
+    """Input columns to carry into the result."""
+    rename: dict[Text, Text] = Field(default_factory=dict)
+    """Input column → its name in the output; for inputs that use a result column's name."""
+    compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = "zstd"
+    """Compression of the parts' column chunks."""
+    failed_rows: Literal["inline", "separate"] = "inline"
+    """`separate` writes failed rows to `errors/` instead of `data/`."""
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """As `input.storage_options`, for the output's store."""
+
+
+class AdmissionSettings(Settings):
+    """When requests enter the engine (design §5): `wave` fills to `high` and waits until `low` are left."""
+
+    policy: Literal["wave", "continuous"] = "wave"
+    """`continuous` admits a request as soon as one leaves."""
+    high: PositiveInt | None = None
+    """Most requests in flight; default: the engine's max_num_seqs."""
+    low: PositiveInt | None = None
+    """`wave` admits again when this many are left; default: three quarters of `high`."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AdmissionSettings:
+        if self.high and self.low and self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}")
+        return self
+
+
+class Replicas(Settings):
+    """An elastic pool."""
+
+    min: PositiveInt
+    """Engines that are always kept."""
+    max: PositiveInt
+    """Most engines at once."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Replicas:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+class PoolSettings(Settings):
+    """How many engines, and on what."""
+
+    replicas: PositiveInt | Replicas = 1
+    """Engines: a number, or `{min, max}` for a pool that grows and shrinks."""
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    """`auto`: GPUs where the cluster has any."""
+    engines_per_gpu: Literal["auto"] | PositiveInt = "auto"
+    """Engines that share one GPU and its memory."""
+    cpus_per_engine: Literal["auto"] | PositiveFloat = "auto"
+    """CPU cores that Ray reserves for one engine of a CPU pool."""
+    shards_in_flight: PositiveInt = 3
+    """Shards that one engine works on at once; enough that the waiting requests can fill a wave."""
+    admission: AdmissionSettings = AdmissionSettings()
+    """When requests enter an engine."""
+
+
+class ShardSettings(Settings):
+    """How the input is cut."""
+
+    rows: Literal["auto"] | PositiveInt = "auto"
+    """Rows of a shard; `auto` aims at 30 to 120 seconds of engine work."""
+
+
+class ErrorSettings(Settings):
+    """What may fail, and how often."""
+
+    max_error_rate: Rate = 0.01
+    """Share of failed rows above which the job is not a success."""
+    max_attempts: PositiveInt = 3
+    """Attempts of one shard."""
+    request_timeout_s: PositiveFloat = 600.0
+    """Seconds from admission to the answer of one request."""

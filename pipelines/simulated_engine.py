@@ -1,0 +1,217 @@
+"""An engine without a model: answers from a hash of the prompt, in simulated time. For tests, demos and dry runs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import heapq
+import itertools
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.engine import Answer, EngineInfo, Sample, check_prompt
+from pipelines.errors import EngineDied, EngineStartError, ModelError, RowError
+from pipelines.settings import ModelSettings, SamplingSettings
+from pipelines.tokenizer import load_tokenizer
+
+#: Ids that may appear in an answer are looked for among the first so many of the vocabulary (0.1 s for 20,000).
+_VOCABULARY_SCANNED = 20_000
+
+
+class SimulatedEngine:
+    """`pipelines.engine.Engine` in simulated time.
+
+    The tokens of an answer depend on (prompt, seed, sample index) only, so runs repeat exactly, also without a seed.
+    `tokens_per_s` is shared equally by all requests in flight, like a real engine's decode steps. Stop strings, bad
+    words and penalties are ignored.
+    """
+
+    def __init__(self, model: ModelSettings, sampling: SamplingSettings) -> None:
+        self._model = model
+        self._sampling = sampling
+        self._settings = model.simulated
+        self._max_model_len = int(model.engine.get("max_model_len") or 4096)
+        self._clock: _SharedClock | None = None
+        self._ids: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self._vocab_size = 0
+        self._stop_id: int | None = None
+
+    async def start(self) -> EngineInfo:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            tokenizer = await asyncio.to_thread(load_tokenizer, self._model)
+        except ModelError as error:
+            raise EngineStartError(str(error)) from error
+        self._ids = await asyncio.to_thread(_printable_ids, tokenizer)
+        self._vocab_size = len(tokenizer)
+        stop_ids = self._sampling.stop_token_ids
+        self._stop_id = tokenizer.eos_token_id if not stop_ids else stop_ids[0]
+        await asyncio.sleep(max(0.0, self._settings.start_s - (loop.time() - began)))
+        self._clock = _SharedClock(self._settings.tokens_per_s)
+        return EngineInfo(
+            name="simulated",
+            device="cpu",
+            max_model_len=self._max_model_len,
+            max_num_seqs=max(1, int(self._model.engine.get("max_num_seqs") or 256) // self._sampling.n),
+            start_s=loop.time() - began,
+            ready_at=time.time(),
+        )
+
+    async def generate(self, request_id: str, token_ids: Sequence[int], seed: int | None) -> Answer:
+        if self._clock is None:
+            raise EngineDied("the simulated engine is not running")
+        prompt = check_prompt(token_ids, self._max_model_len)
+        if max(prompt) >= self._vocab_size:
+            raise RowError("invalid_request", f"Token id {max(prompt)} is out of vocabulary")
+        samples = [self._sample(prompt, seed, index) for index in range(self._sampling.n)]
+        tokens = sum(len(sample.token_ids) for sample in samples)
+        elapsed_s = await self._clock.spend(tokens)
+        return Answer(samples=samples, cached_tokens=0, ttft_s=elapsed_s * len(samples) / tokens)
+
+    async def stop(self) -> None:
+        if self._clock is not None:
+            self._clock.stop()
+            self._clock = None
+
+    def _sample(self, prompt: list[int], seed: int | None, index: int) -> Sample:
+        key = hashlib.sha256(np.asarray(prompt, np.int64).tobytes())
+        key.update(struct.pack("<?Qq", seed is not None, (seed or 0) % 2**64, index))
+        low, high = self._settings.min_tokens, max(self._settings.min_tokens, self._settings.max_tokens)
+        wanted = low + int.from_bytes(key.digest()[:8], "little") % (high - low + 1)
+        wanted = max(wanted, self._sampling.min_tokens)
+        room = self._max_model_len - len(prompt)
+        limit = min(room, self._sampling.max_tokens or room)
+        random = np.frombuffer(hashlib.shake_128(key.digest()).digest(4 * wanted), "<u4")
+        ids = self._ids[random % len(self._ids)].tolist()
+        if wanted > limit or self._sampling.ignore_eos or self._stop_id is None:
+            ids, finish_reason = ids[:limit], "length"
+        else:  # like vLLM, the tokens of an answer end in the stop token
+            ids[-1], finish_reason = self._stop_id, "stop"
+        return Sample(
+            token_ids=ids, text=None, finish_reason=finish_reason, logprobs=self._logprobs(ids, random)
+        )
+
+    def _logprobs(self, ids: list[int], random: npt.NDArray[np.uint32]) -> list[dict[str, Any]] | None:
+        count = self._sampling.logprobs
+        if count is None:
+            return None
+        values = (-(random[: len(ids)] % 1000).astype(np.float32) / 250).tolist()
+        return [
+            {
+                "token_id": token_id,
+                "logprob": value,
+                "top": [
+                    {"token_id": int(self._ids[(token_id + rank) % len(self._ids)]), "logprob": value - rank}
+                    for rank in range(count)
+                ],
+            }
+            for token_id, value in zip(ids, values, strict=True)
+        ]
+
+
+@dataclass(order=True)
+class _Request:
+    done_at: float
+    """Tokens per request served so far (the clock's own time) at which this one is finished."""
+    order: int
+    future: asyncio.Future[None] = field(compare=False)
+
+
+class _SharedClock:
+    """Processor sharing with one timer: a rate of tokens per second divided equally among the requests in flight.
+
+    Virtual time counts tokens that each request in flight has received; a request for k tokens ends k later. Costs
+    O(log n) per request: 20,000 at once take 0.5 s of CPU.
+    """
+
+    def __init__(self, tokens_per_s: float) -> None:
+        self._rate = tokens_per_s
+        self._loop = asyncio.get_running_loop()
+        self._queue: list[_Request] = []
+        self._order = itertools.count()
+        self._active = 0
+        self._virtual = 0.0
+        self._updated = self._loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopped = False
+
+    async def spend(self, tokens: int) -> float:
+        """Wait until `tokens` are served; the seconds that took. Raises EngineDied when the clock is stopped."""
+        self._advance()
+        began = self._loop.time()
+        request = _Request(self._virtual + tokens, next(self._order), self._loop.create_future())
+        heapq.heappush(self._queue, request)
+        self._active += 1
+        if self._timer is None or self._queue[0] is request:
+            self._set_timer()
+        try:
+            await request.future
+        except asyncio.CancelledError:
+            self._advance()
+            if not request.future.done() or request.future.cancelled():
+                self._active -= 1  # its place in the queue is skipped when its time comes
+                self._set_timer()
+            raise
+        return self._loop.time() - began
+
+    def stop(self) -> None:
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for request in self._queue:
+            if not request.future.done():
+                request.future.set_exception(EngineDied("the simulated engine was stopped"))
+        self._queue.clear()
+        self._active = 0
+
+    def _advance(self) -> None:
+        now = self._loop.time()
+        if self._active:
+            self._virtual += (now - self._updated) * self._rate / self._active
+        self._updated = now
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._queue and self._queue[0].future.done():
+            heapq.heappop(self._queue)
+        if self._queue and not self._stopped:
+            wait_s = max(0.0, self._queue[0].done_at - self._virtual) * self._active / self._rate
+            self._timer = self._loop.call_later(wait_s, self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        self._advance()
+        # A late timer may have passed several ends; a tolerance keeps rounding from adding empty turns of the loop.
+        while self._queue and (
+            self._queue[0].future.done() or self._queue[0].done_at <= self._virtual + 1e-6
+        ):
+            request = heapq.heappop(self._queue)
+            if not request.future.done():
+                request.future.set_result(None)
+                self._active -= 1
+        self._set_timer()
+
+
+def _printable_ids(tokenizer: Any) -> npt.NDArray[np.int64]:
+    """Ordinary ids whose text is printable ASCII with something in it: answers that any reader can show."""
+    special = set(tokenizer.all_special_ids)
+    candidates = [i for i in range(min(len(tokenizer), _VOCABULARY_SCANNED)) if i not in special]
+    texts = tokenizer.batch_decode([[i] for i in candidates])
+    ids = [
+        i
+        for i, text in zip(candidates, texts, strict=True)
+        if text.strip() and text.isascii() and text.isprintable() and not text.startswith("<")
+    ]
+    if not ids:
+        raise EngineStartError("the tokenizer has no printable tokens to simulate answers with")
+    return np.asarray(ids, np.int64)

@@ -1,0 +1,105 @@
+"""What Dray gives vLLM where the user says nothing: engine arguments and environment variables, by device.
+
+Whatever stands in `model.engine` or in the environment already wins.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
+
+_GIB = 1024**3
+
+#: No usage statistics, errors only: a start on a CPU logs 14 warnings that ask for nothing.
+_QUIET = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+def set_quiet_environment() -> None:
+    """Has to be called before vLLM is imported."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+def gpu_defaults(
+    model: ModelSettings, sampling: SamplingSettings, pool: PoolSettings, gpu_bytes: int
+) -> dict[str, Any]:
+    """EngineArgs for an engine on GPUs of `gpu_bytes` of memory each; sets environment variables."""
+    if importlib.util.find_spec("flashinfer") is None:
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    defaults = _common(model, sampling)
+    # Above 512 in flight no captured CUDA graph fits (design §5): 1,024 ran at half the speed of 512.
+    defaults["max_num_seqs"] = 512 if gpu_bytes >= 70 * _GIB else 256
+    if isinstance(pool.engines_per_gpu, int) and pool.engines_per_gpu > 1:
+        defaults["gpu_memory_utilization"] = round(0.9 / pool.engines_per_gpu, 3)
+    return defaults
+
+
+def cpu_defaults(model: ModelSettings, sampling: SamplingSettings, pool: PoolSettings) -> dict[str, Any]:
+    """EngineArgs for an engine that shares its host with other engines; sets environment variables.
+
+    vLLM's own defaults are for one engine per host: it binds threads to the first cores of a NUMA node (two engines
+    would share them, and tensor parallelism wants a node per rank) and takes most of the memory for its KV cache.
+    """
+    ranks = model.tensor_parallel_size
+    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["OMP_NUM_THREADS"] = str(max(1, _cores(pool) // ranks))
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    defaults = _common(model, sampling)
+    if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # set but blank, vLLM fails on it
+        if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & model.engine.keys():
+            # vLLM fills it with zeros at the start, so all of it is resident from then on.
+            available = psutil.virtual_memory().available
+            defaults["kv_cache_memory_bytes"] = min(4 * _GIB, available // (8 * ranks))
+    return defaults
+
+
+def _common(model: ModelSettings, sampling: SamplingSettings) -> dict[str, Any]:
+    defaults: dict[str, Any] = {
+        "model": model.source,
+        "revision": model.revision,
+        "tokenizer": model.tokenizer,
+        # Switches vLLM's stat loggers off; with a logger of our own in their place requests still carry metrics.
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "max_logprobs": max(20, sampling.logprobs or 0),
+    }
+    if model.tensor_parallel_size * int(model.engine.get("pipeline_parallel_size", 1)) > 1:
+        # Inside a Ray actor vLLM might choose its `ray` backend, which wants a placement group and fails on CPU.
+        defaults["distributed_executor_backend"] = "mp"
+    return defaults
+
+
+def _cores(pool: PoolSettings) -> int:
+    """Cores of one engine: what the job says, else OMP_NUM_THREADS (Ray sets it to an actor's CPUs), else all."""
+    if isinstance(pool.cpus_per_engine, (int, float)):
+        return int(pool.cpus_per_engine)
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+
+@contextmanager
+def one_start_at_a_time(pool: PoolSettings) -> Iterator[None]:
+    """Engines that share a GPU load one after the other: vLLM measures free memory while it loads."""
+    if pool.engines_per_gpu in ("auto", 1):
+        yield
+        return
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace(",", "-")
+    with (Path(tempfile.gettempdir()) / f"dray-engine-start-{gpus}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

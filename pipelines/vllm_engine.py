@@ -1,0 +1,292 @@
+"""The real engine: vLLM's AsyncLLM behind `pipelines.engine.Engine`. The only file that imports vLLM (0.26 to 0.32)."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import multiprocessing
+import time
+from collections.abc import Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+from pipelines import vllm_log
+from pipelines.engine import Answer, EngineInfo, Sample, check_prompt
+from pipelines.engine_args import check_engine_args
+from pipelines.errors import EngineDied, EngineStartError, RowError, ShardError
+from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
+from pipelines.vllm_defaults import cpu_defaults, gpu_defaults, one_start_at_a_time, set_quiet_environment
+
+
+class VLLMEngine:
+    """One AsyncLLM with its EngineCore process, built in `start`.
+
+    Requests are token ids and answers are token ids (`detokenize=False`, `FINAL_ONLY`: 9.5 µs of this process's time
+    per output token instead of 24), unless stop strings or a slow tokenizer need the engine's own text. Numbers that
+    the user leaves out are those of `vllm.LLM`, not AsyncLLM's serving defaults.
+    """
+
+    def __init__(self, model: ModelSettings, sampling: SamplingSettings, pool: PoolSettings) -> None:
+        self._model = model
+        self._sampling = sampling
+        self._pool = pool
+        self._building: asyncio.Future[Any] | None = None
+        self._llm: Any = None
+        self._params: Any = None
+        self._refusals: tuple[type[Exception], ...] = ()
+        self._max_model_len = 0
+        self._in_flight: set[str] = set()
+        self._log: Path | None = None
+        self._log_offset = 0
+
+    async def start(self) -> EngineInfo:
+        """Load the model: 10 s for a tiny one on a CPU, minutes for a large one. Raises EngineStartError.
+
+        AsyncLLM's constructor blocks until the model is loaded, so it runs on a thread; it needs no event loop there
+        and starts its output task with the first request, in the loop that made it. After a cancelled start call
+        `stop`, which waits for the thread.
+        """
+        began = time.monotonic()
+        self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
+        try:
+            self._llm = await asyncio.shield(self._building)
+        except EngineStartError:
+            raise
+        except Exception as error:  # whatever vLLM, torch and transformers raise: the model does not load
+            raise EngineStartError(self._start_reason(error)) from error
+        config = self._llm.vllm_config
+        self._max_model_len = int(config.model_config.max_model_len)
+        return EngineInfo(
+            name=f"vllm {_vllm_version()}",
+            device=_device_name(),
+            max_model_len=self._max_model_len,
+            max_num_seqs=max(1, int(config.scheduler_config.max_num_seqs) // self._sampling.n),
+            start_s=time.monotonic() - began,
+            ready_at=time.time(),
+        )
+
+    async def generate(self, request_id: str, token_ids: Sequence[int], seed: int | None) -> Answer:
+        """See `Engine.generate`. `seed` fits into 63 bits; vLLM adds the sample index to it."""
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        llm = self._llm
+        if llm is None:
+            raise EngineDied("the engine is not running")
+        prompt = check_prompt(token_ids, self._max_model_len)
+        params = self._params
+        if seed is not None:
+            params = copy(params)
+            params.seed = seed
+        output: Any = None
+        self._in_flight.add(request_id)
+        began = time.monotonic()
+        try:
+            # The rendered form of a prompt: vLLM 0.32 sends the raw form (TokensPrompt) through a thread pool first.
+            stream = llm.generate({"type": "token", "prompt_token_ids": prompt}, params, request_id)
+            async for output in stream:  # FINAL_ONLY: once  # noqa: B007
+                pass
+        except EngineDeadError as error:
+            raise EngineDied(self._death_reason()) from error
+        except (*self._refusals, EngineGenerateError) as error:
+            if llm.errored:  # the output task died of it: not this request's fault
+                raise EngineDied(self._death_reason()) from error
+            cause: BaseException | None = error if isinstance(error, self._refusals) else error.__cause__
+            if not isinstance(cause, (*self._refusals, TypeError, OverflowError)):
+                raise
+            raise RowError("invalid_request", _one_line(cause)) from error
+        finally:
+            self._in_flight.discard(request_id)
+        return self._answer(output, began)
+
+    async def stop(self) -> None:
+        """End EngineCore and its workers, also after a cancelled start; requests still in flight get EngineDied."""
+        building, self._building = self._building, None
+        llm, self._llm = self._llm, None
+        if building is not None and llm is None:
+            try:
+                llm = await building
+            except Exception:  # noqa: BLE001  # `start` has raised it; vLLM has ended what it started
+                return
+        if llm is None:
+            return
+        if self._in_flight and not llm.errored:
+            await llm.abort(list(self._in_flight))
+        last_reference = [llm]
+        del llm, building
+        await asyncio.to_thread(_shut_down, last_reference)
+
+    def _answer(self, output: Any, began: float) -> Answer:
+        samples = []
+        for completion in output.outputs:
+            if completion.finish_reason not in ("stop", "length"):
+                if self._llm is None:
+                    raise EngineDied("the engine was stopped")
+                raise ShardError(f"vLLM ended a request with finish_reason {completion.finish_reason!r}")
+            samples.append(
+                Sample(
+                    token_ids=completion.token_ids,
+                    text=completion.text if self._params.detokenize else None,
+                    finish_reason=completion.finish_reason,
+                    logprobs=None if completion.logprobs is None else _logprob_rows(completion.logprobs),
+                )
+            )
+        metrics = output.metrics  # with n > 1 those of the sample that ended last
+        # EngineCore's clock is CLOCK_MONOTONIC, the same for all processes of a host; `arrival_time` is wall clock.
+        first = metrics.first_token_ts if metrics is not None else 0.0
+        return Answer(
+            samples=samples,
+            cached_tokens=output.num_cached_tokens or 0,
+            ttft_s=max(0.0, first - began) if first > 0 else None,
+            preemptions=getattr(metrics, "num_preemptions", 0),  # since 0.32
+        )
+
+    # ── Building ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _build(self) -> Any:
+        """Import vLLM and construct the engine; blocks."""
+        check_engine_args(self._model.engine)
+        set_quiet_environment()
+        self._log = vllm_log.error_log()
+        self._log_offset = vllm_log.size(self._log)
+
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.exceptions import VLLMValidationError
+        from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        # In 0.26 VLLMValidationError is a ValueError, and some refusals are bare ValueErrors.
+        self._refusals = (VLLMValidationError, ValueError)
+        on_cpu = bool(current_platform.is_cpu())
+        if not current_platform.device_type:
+            raise EngineStartError(
+                "vLLM finds no device: no GPU is visible, and this vLLM is not its CPU build"
+            )
+        if self._pool.device not in ("auto", "cpu" if on_cpu else "gpu"):
+            raise EngineStartError(
+                f"pool.device is {self._pool.device}, but this vLLM runs on {current_platform.device_type}"
+            )
+        if on_cpu:
+            defaults = cpu_defaults(self._model, self._sampling, self._pool)
+        else:
+            gpu_bytes = int(current_platform.get_device_total_memory())
+            defaults = gpu_defaults(self._model, self._sampling, self._pool, gpu_bytes)
+        # Before the model loads: a mistake here should not cost minutes.
+        self._params = _sampling_params(self._sampling)
+        args = AsyncEngineArgs(**{**defaults, **self._model.engine})
+        with one_start_at_a_time(self._pool):
+            # LLM_CLASS: the numbers of `vllm.LLM` for this device where the user gives none; for
+            # max_num_batched_tokens 4,096 on a CPU and 16,384 on an H200, where AsyncLLM alone would take 2,048.
+            llm = AsyncLLM.from_engine_args(
+                args, usage_context=UsageContext.LLM_CLASS, stat_loggers=[_silent_stats()]
+            )
+        if not _is_fast(llm.tokenizer):
+            self._params.detokenize = True
+        return llm
+
+    # ── Reasons ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start_reason(self, error: Exception) -> str:
+        reason = vllm_log.reason_since(self._log, self._log_offset) or _one_line(error)
+        hint = ""
+        if "out of memory" in reason.lower() or "OutOfMemory" in reason:
+            hint = (
+                " (lower model.engine.gpu_memory_utilization or max_model_len, or raise tensor_parallel_size)"
+            )
+        return f"model {self._model.source!r} does not start: {reason[:600]}{hint}"
+
+    def _death_reason(self) -> str:
+        reason = vllm_log.reason_since(self._log, self._log_offset)
+        return f"vLLM's engine process died: {reason[:600]}" if reason else "vLLM's engine process died"
+
+
+def _sampling_params(sampling: SamplingSettings) -> Any:
+    """vLLM's SamplingParams for all requests of the job; only the seed differs, see `VLLMEngine.generate`."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    values = sampling.model_dump(exclude={"seed"})
+    try:
+        params = SamplingParams(
+            **values,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            detokenize=bool(sampling.stop),  # bad words are turned into ids beforehand and need no text
+            flat_logprobs=sampling.logprobs is not None,
+        )
+    except (VLLMValidationError, ValueError) as error:
+        raise EngineStartError(f"sampling: {_one_line(error)}") from error
+    # vLLM copies the parameters of each request; a deep copy takes 40 µs, a shallow one 2. What the copies share are
+    # the stop ids that vLLM adds, the same for every request.
+    params.skip_clone = True
+    return params
+
+
+def _logprob_rows(flat: Any) -> list[dict[str, Any]]:
+    """vLLM's FlatLogprobs as `contracts.LOGPROBS_TYPE`: at each position the sampled token, then the alternatives."""
+    ids, values = flat.token_ids, flat.logprobs
+    return [
+        {
+            "token_id": ids[start],
+            "logprob": values[start],
+            "top": [{"token_id": ids[i], "logprob": values[i]} for i in range(start + 1, end)],
+        }
+        for start, end in zip(flat.start_indices, flat.end_indices, strict=True)
+    ]
+
+
+def _shut_down(last_reference: list[Any]) -> None:
+    """End the engine's processes and drop the engine, whose `__del__` would complain at interpreter exit."""
+    last_reference.pop().shutdown()
+    multiprocessing.active_children()  # reaps the ended ones
+    gc.collect()
+
+
+def _silent_stats() -> Any:
+    """A stat logger that does nothing, in the place of vLLM's Prometheus one: metrics per request without its cost."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    class SilentStats(PrometheusStatLogger):  # type: ignore[misc]  # vLLM adds its own unless it finds this class
+        def __init__(self, vllm_config: Any, engine_indexes: Any = None) -> None:
+            pass
+
+        def record(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def log(self) -> None:
+            pass
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+        def record_sleep_state(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    return SilentStats
+
+
+def _is_fast(tokenizer: Any) -> bool:
+    """Whether `pipelines.detokenize` can make the engine's text; the same test as in vLLM's detokenizer."""
+    from transformers import TokenizersBackend
+
+    return tokenizer is None or isinstance(tokenizer, TokenizersBackend)
+
+
+def _device_name() -> str:
+    from vllm.platforms import current_platform
+
+    return "cpu" if current_platform.is_cpu() else str(current_platform.get_device_name())
+
+
+def _vllm_version() -> str:
+    import vllm
+
+    return str(vllm.__version__).split("+")[0]
+
+
+def _one_line(error: object) -> str:
+    """The message of an exception without pydantic's decoration and line breaks."""
+    text = str(error).split("[type=", 1)[0]
+    if "validation error" in text:
+        text = text.split("\n", 1)[-1]
+    return " ".join(text.replace("Value error, ", "").split()) or type(error).__name__

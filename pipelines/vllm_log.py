@@ -1,0 +1,103 @@
+"""Why vLLM failed: its own error log, read back, because its exceptions only say "see root cause above".
+
+An engine that dies, or does not start, does so in a child process; the parent learns a bare `EngineDeadError`, or
+"Engine core initialization failed". The traceback goes to vLLM's logger in the child, so this module gives that logger
+(by vLLM's own `VLLM_LOGGING_CONFIG_PATH`) a second handler: a file of this process's own, written on errors only.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+#: `pkg.SomeError: message`, the last line of a traceback.
+_EXCEPTION_LINE = re.compile(r"^(?:\([^)]*\) )?([A-Za-z_][\w.]*(?:Error|Exception|Interrupt)): (.+)$")
+#: Lines that only point at another line.
+_POINTERS = (
+    "root cause",
+    "stack trace",
+    "Engine core initialization failed",
+    "background process",
+    "EngineDeadError",
+)
+
+
+@cache
+def error_log() -> Path | None:
+    """The file that vLLM's errors of this process and its children go to; None if the user configures vLLM's logging.
+
+    Has to be called before vLLM is imported. vLLM's console lines go to stderr, so that stdout stays the
+    command's own; how many is up to `VLLM_LOGGING_LEVEL`.
+    """
+    if "VLLM_LOGGING_CONFIG_PATH" in os.environ or os.environ.get("VLLM_CONFIGURE_LOGGING") == "0":
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="dray-vllm-"))
+    atexit.register(_remove, folder, os.getpid())
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    log = folder / "errors.log"
+    (folder / "logging.json").write_text(
+        json.dumps(
+            {
+                "version": 1,
+                "disable_existing_loggers": False,
+                "formatters": {
+                    "console": {
+                        "class": "vllm.logging_utils.NewLineFormatter",
+                        "format": "%(levelname)s %(asctime)s [%(filename)s:%(lineno)d] %(message)s",
+                        "datefmt": "%m-%d %H:%M:%S",
+                    },
+                    "plain": {"format": "%(message)s"},
+                },
+                "handlers": {
+                    "console": {
+                        "class": "logging.StreamHandler",
+                        "formatter": "console",
+                        "level": level,
+                        "stream": "ext://sys.stderr",
+                    },
+                    "errors": {
+                        "class": "logging.FileHandler",
+                        "formatter": "plain",
+                        "level": "ERROR",
+                        "filename": str(log),
+                        "delay": True,
+                    },
+                },
+                "loggers": {
+                    "vllm": {"handlers": ["console", "errors"], "level": level, "propagate": False},
+                },
+            }
+        )
+    )
+    os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(folder / "logging.json")
+    return log
+
+
+def size(log: Path | None) -> int:
+    """Bytes in the log so far: a place to read from later."""
+    return log.stat().st_size if log is not None and log.exists() else 0
+
+
+def reason_since(log: Path | None, offset: int) -> str | None:
+    """The last exception that vLLM logged after `offset`, as one line `ValueError: …`; None if there is none."""
+    if log is None or not log.exists():
+        return None
+    with log.open("rb") as file:
+        file.seek(offset)
+        lines = file.read().decode(errors="replace").splitlines()
+    for line in reversed(lines):
+        match = _EXCEPTION_LINE.match(line.strip())
+        if match and not any(pointer in line for pointer in _POINTERS):
+            return f"{match.group(1)}: {match.group(2)}"
+    return None
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child runs the same exit handlers
+        shutil.rmtree(folder, ignore_errors=True)
