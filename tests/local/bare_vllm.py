@@ -1,0 +1,61 @@
+"""What bare vLLM answers, in a process of its own: the yardstick of the equality tests. Nothing of Dray is in it.
+
+    python -m tests.local.bare_vllm < request.json > answers.json
+
+The request has `engine` (arguments of `vllm.LLM`), `sampling` (of SamplingParams) and `prompts` (texts, or lists of
+messages, to be rendered by vLLM itself). The answers: per prompt, per sample, text, number of tokens, finish reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+
+def bare_vllm(engine: dict[str, Any], sampling: dict[str, Any], prompts: list[Any]) -> list[dict[str, Any]]:
+    """Run it, and wait for the answers."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.local.bare_vllm"],
+        input=json.dumps({"engine": engine, "sampling": sampling, "prompts": prompts}),
+        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return answers
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    real = os.dup(1)
+    os.dup2(2, 1)  # vLLM prints to standard output
+
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**request["engine"])
+    params = SamplingParams(**request["sampling"])
+    prompts = request["prompts"]
+    if isinstance(prompts[0], str):
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    else:
+        outputs = llm.chat(prompts, params, use_tqdm=False)
+    answers = [
+        {
+            "prompt_tokens": len(output.prompt_token_ids),
+            "samples": [
+                {"text": s.text, "tokens": len(s.token_ids), "finish_reason": s.finish_reason}
+                for s in output.outputs
+            ],
+        }
+        for output in outputs
+    ]
+    os.write(real, json.dumps(answers).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,402 @@
+"""VLLMEngine and Detokenizer against bare vLLM: the same text, tokens and errors, row by row."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from pipelines.detokenize import Detokenizer
+from pipelines.engine import Answer
+from pipelines.errors import EngineDied, EngineStartError, RowError
+from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
+from pipelines.tokenizer import load_tokenizer
+from pipelines.vllm_engine import VLLMEngine, _sampling_params
+from tests.tiny_models import byte_level, sentencepiece_style, with_weights
+
+pytestmark = pytest.mark.timeout(300)
+in_module_loop = pytest.mark.asyncio(loop_scope="module")
+
+FAMILIES = {"byte_level": byte_level, "sentencepiece": sentencepiece_style}
+ARGS = {"max_model_len": 256, "dtype": "float32", "enforce_eager": True, "max_num_seqs": 64}
+TP2 = {**ARGS, "tensor_parallel_size": 2}
+CPU = PoolSettings(device="cpu")
+
+#: Sampling settings of the comparisons. Random weights emit any bytes, so answers are cut inside characters all over.
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0, "max_tokens": 24},
+    "short": {"temperature": 0.0, "max_tokens": 3},
+    "special_tokens_shown": {"temperature": 0.0, "max_tokens": 24, "skip_special_tokens": False, "ignore_eos": True},
+    "stop_strings": {"temperature": 0.0, "max_tokens": 24, "stop": ["e", " t", "你"]},
+    "stop_strings_shown": {
+        "temperature": 0.0, "max_tokens": 24, "stop": ["e", " t"], "include_stop_str_in_output": True,
+    },
+    "stop_token_ids": {"temperature": 0.0, "max_tokens": 40, "stop_token_ids": list(range(0, 560, 11))},
+    "stop_token_shown": {
+        "temperature": 0.0, "max_tokens": 40, "stop_token_ids": list(range(0, 560, 11)),
+        "include_stop_str_in_output": True,
+    },
+    "bad_words": {"temperature": 0.0, "max_tokens": 8, "bad_words": ["the", "e"], "min_tokens": 4},
+    "seeded_n3": {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "n": 3, "max_tokens": 12},
+}  # fmt: skip
+SEEDED = {"seeded_n3"}
+
+
+@dataclass
+class Bare:
+    """Bare vLLM's answers by engine and sampling, and the models they came from."""
+
+    models: dict[str, Path]
+    prompts: dict[str, list[list[int]]]
+    seeds: list[int]
+    answers: dict[str, dict[str, list[list[dict[str, Any]]]]]
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Bare:
+    folder = tmp_path_factory.mktemp("vllm")
+    models = {name: with_weights(make(folder / name)) for name, make in FAMILIES.items()}
+    prompts = {name: _prompts(models[name]) for name in models}
+    seeds = [1000 + i for i in range(len(prompts["byte_level"]))]
+
+    def calls(family: str, names: list[str]) -> list[dict[str, Any]]:
+        return [
+            {
+                "sampling": SAMPLING[name],
+                "prompts": prompts[family],
+                "seeds": seeds if name in SEEDED else None,
+            }
+            for name in names
+        ]
+
+    engines = [(family, ARGS, list(SAMPLING)) for family in FAMILIES]
+    engines.append(("byte_level", TP2, ["greedy"]))
+    requests = [
+        {"args": {"model": str(models[family]), **args}, "calls": calls(family, names)}
+        for family, args, names in engines
+    ]
+    requests[-1]["args"]["distributed_executor_backend"] = "mp"
+    (folder / "requests.json").write_text(json.dumps(requests))
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    script = [sys.executable, "-m", "tests.local.vllm_token_yardstick"]
+    done = subprocess.run(
+        [*script, str(folder / "requests.json"), str(folder / "answers.json")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    by_engine = json.loads((folder / "answers.json").read_text())
+    answers = {
+        key: dict(zip(names, answered, strict=True))
+        for key, (_, _, names), answered in zip([*FAMILIES, "tp2"], engines, by_engine, strict=True)
+    }
+    return Bare(models, prompts, seeds, answers)
+
+
+def _prompts(model: Path) -> list[list[int]]:
+    tokenizer = load_tokenizer(ModelSettings(source=str(model)))
+    texts = ["The quick brown", "def main(", "你好世界 ", "naïve café\n", "1, 22, 333", "a " * 50, "🎉", "x"]
+    encoded = [tokenizer.encode(text) for text in texts]
+    chooser = random.Random(0)
+    some = [[chooser.randrange(3, 560) for _ in range(chooser.randrange(1, 30))] for _ in range(24)]
+    return [*encoded, *some, [tokenizer.bos_token_id]]
+
+
+def _settings(bare: Bare, family: str, args: dict[str, Any]) -> ModelSettings:
+    return ModelSettings(source=str(bare.models[family]), engine=args)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engines(bare: Bare) -> AsyncIterator[dict[str, VLLMEngine]]:
+    """A started engine for each family; `ask` gives it other sampling settings."""
+    started = {}
+    for family in FAMILIES:
+        started[family] = VLLMEngine(_settings(bare, family, ARGS), SamplingSettings(temperature=0.0), CPU)
+        info = await started[family].start()
+        assert info.name.startswith("vllm 0.")
+        assert (info.device, info.max_model_len, info.max_num_seqs) == ("cpu", 256, 64)
+    yield started
+    for engine in started.values():
+        await engine.stop()
+        await engine.stop()
+
+
+async def ask(
+    engine: VLLMEngine, sampling: SamplingSettings, bare: Bare, family: str, seeded: bool
+) -> list[Answer]:
+    """All prompts at once through the engine, as if it had been started with this sampling."""
+    other = copy.copy(engine)
+    other._sampling = sampling
+    other._params = _sampling_params(sampling)
+    seeds = bare.seeds if seeded else [None] * len(bare.seeds)
+    rows = zip(bare.prompts[family], seeds, strict=True)
+    return await asyncio.gather(*(other.generate(f"r{i}", ids, seed) for i, (ids, seed) in enumerate(rows)))
+
+
+def compare(
+    answers: list[Answer], expected: list[list[dict[str, Any]]], bare: Bare, family: str, name: str
+) -> None:
+    sampling = SamplingSettings(**SAMPLING[name])
+    detokenizer = Detokenizer(load_tokenizer(_settings(bare, family, {})), sampling)
+    for prompt, answer, wanted in zip(bare.prompts[family], answers, expected, strict=True):
+        samples = answer.samples
+        assert [list(sample.token_ids) for sample in samples] == [each["token_ids"] for each in wanted]
+        assert [sample.finish_reason for sample in samples] == [each["finish_reason"] for each in wanted]
+        ids = [sample.token_ids for sample in samples]
+        made = detokenizer.texts([prompt] * len(ids), ids, [sample.finish_reason for sample in samples])
+        texts = [made[i] if sample.text is None else sample.text for i, sample in enumerate(samples)]
+        assert texts == [each["text"] for each in wanted]
+        assert all((sample.text is not None) == bool(sampling.stop) for sample in samples)
+
+
+@in_module_loop
+@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_text_and_tokens_equal_bare_vllm(
+    engines: dict[str, VLLMEngine], bare: Bare, family: str, name: str
+) -> None:
+    answers = await ask(engines[family], SamplingSettings(**SAMPLING[name]), bare, family, name in SEEDED)
+
+    compare(answers, bare.answers[family][name], bare, family, name)
+
+
+def test_the_comparisons_meet_what_they_are_for(bare: Bare) -> None:
+    """Cut characters, stops by token and by string, and different samples do occur in the yardstick."""
+    byte_level = bare.answers["byte_level"]
+    reasons = {name: [s["finish_reason"] for row in rows for s in row] for name, rows in byte_level.items()}
+    assert "stop" in reasons["stop_strings"]
+    assert "stop" in reasons["stop_token_ids"]
+    assert any(len({s["text"] for s in row}) == 3 for row in byte_level["seeded_n3"])
+    tokenizer = load_tokenizer(_settings(bare, "byte_level", {}))
+    cut = [
+        s for row in byte_level["short"] for s in row if tokenizer.decode(s["token_ids"]).endswith("\ufffd")
+    ]
+    assert cut
+    assert all(not s["text"].endswith("\ufffd") for s in cut)
+
+
+@in_module_loop
+async def test_logprobs_timing_and_prefix_cache(engines: dict[str, VLLMEngine], bare: Bare) -> None:
+    sampling = SamplingSettings(temperature=0.0, max_tokens=5, logprobs=2)
+    await ask(
+        engines["byte_level"], sampling, bare, "byte_level", seeded=False
+    )  # compiles, and fills the cache
+    began = time.monotonic()
+    answers = await ask(engines["byte_level"], sampling, bare, "byte_level", seeded=False)
+    elapsed_s = time.monotonic() - began
+
+    for answer in answers:
+        sample = answer.samples[0]
+        assert sample.logprobs is not None
+        assert [entry["token_id"] for entry in sample.logprobs] == list(sample.token_ids)
+        for entry in sample.logprobs:
+            assert entry["top"][0]["token_id"] == entry["token_id"]  # greedy: the likeliest
+            assert entry["logprob"] == entry["top"][0]["logprob"] >= entry["top"][1]["logprob"]
+        assert answer.ttft_s is not None
+        assert 0 < answer.ttft_s <= elapsed_s
+        assert answer.preemptions == 0
+
+    long_prompt = [5 + i % 500 for i in range(200)]
+    engine = engines["byte_level"]
+    first = await engine.generate("long", long_prompt, None)
+    second = await engine.generate("long again", long_prompt, None)
+    assert (first.cached_tokens, second.cached_tokens) == (0, 128)  # blocks of 128 tokens on a CPU
+    assert first.samples[0].token_ids == second.samples[0].token_ids
+
+
+@in_module_loop
+@pytest.mark.parametrize(
+    ("prompt", "code"),
+    [
+        ([5] * 256, "prompt_too_long"),
+        ([5] * 5000, "prompt_too_long"),
+        ([], "empty_prompt"),
+        ([5, -1], "invalid_request"),
+        ([5, 640], "invalid_request"),
+        ([5, 10**12], "invalid_request"),
+        ([5, 10**30], "invalid_request"),
+        ([5, 1.5], "invalid_request"),
+        ([5, None], "invalid_request"),
+        (["5"], "invalid_request"),
+    ],
+)
+async def test_a_refused_prompt_is_a_row_error_and_harms_no_neighbour(
+    engines: dict[str, VLLMEngine], prompt: Any, code: str
+) -> None:
+    engine = engines["byte_level"]
+    neighbour = asyncio.ensure_future(engine.generate("neighbour", [5, 6, 7], None))
+
+    with pytest.raises(RowError) as caught:
+        await engine.generate("bad", prompt, None)
+
+    assert caught.value.code == code
+    assert "\n" not in str(caught.value)
+    async with asyncio.timeout(60):
+        assert (await neighbour).samples[0].token_ids
+        assert (await engine.generate("after", [5, 6, 7], None)).samples[0].token_ids
+
+
+@in_module_loop
+async def test_the_longest_prompt_that_fits_has_room_for_one_token(engines: dict[str, VLLMEngine]) -> None:
+    sample = (await engines["byte_level"].generate("long", [5] * 255, None)).samples[0]
+
+    assert (len(sample.token_ids), sample.finish_reason) == (1, "length")
+
+
+@in_module_loop
+async def test_cancelling_aborts_the_request_in_the_engine(engines: dict[str, VLLMEngine]) -> None:
+    engine = copy.copy(engines["byte_level"])
+    engine._params = _sampling_params(SamplingSettings(temperature=0.0, max_tokens=250, ignore_eos=True))
+    requests = [asyncio.ensure_future(engine.generate(f"c{i}", [5 + i], None)) for i in range(10)]
+    await asyncio.sleep(0.2)
+
+    for request in requests:
+        request.cancel()
+    results = await asyncio.gather(*requests, return_exceptions=True)
+
+    assert all(isinstance(result, asyncio.CancelledError) for result in results)
+    assert engine._llm.get_num_unfinished_requests() == 0
+    assert (await engines["byte_level"].generate("after", [5], None)).samples
+
+
+def test_texts_equal_vllms_incremental_detokenizer(bare: Bare) -> None:
+    """The real class of vLLM, one token at a time, over ids that no model would choose."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+    chooser = random.Random(7)
+    for family in FAMILIES:
+        tokenizer = load_tokenizer(_settings(bare, family, {}))
+        for options in ({}, {"skip_special_tokens": False}, {"include_stop_str_in_output": True}):
+            rows = []
+            for _ in range(400):
+                low, high = chooser.choice([(0, 640), (3, 259)])
+                prompt, ids = (
+                    [chooser.randrange(low, high) for _ in range(chooser.randrange(1, 14))] for _ in range(2)
+                )
+                rows.append((prompt, ids, chooser.choice(["stop", "length"])))
+            wanted = []
+            for prompt, ids, finish in rows:
+                request = SimpleNamespace(
+                    request_id="r",
+                    prompt_token_ids=prompt,
+                    prompt_embeds=None,
+                    sampling_params=SamplingParams(**options),
+                )
+                reference = IncrementalDetokenizer.from_new_request(tokenizer, request)
+                for position, token_id in enumerate(ids):
+                    reference.update([token_id], finish == "stop" and position == len(ids) - 1)
+                wanted.append(reference.get_next_output_text(True, False))
+
+            made = Detokenizer(tokenizer, SamplingSettings(**options)).texts(
+                *map(list, zip(*rows, strict=True))
+            )
+
+            assert made == wanted
+
+
+@in_module_loop
+@pytest.mark.parametrize(
+    ("engine", "sampling", "reason"),
+    [
+        ({"max_model_len": 1_000_000}, {}, "max_model_len"),
+        ({"dtype": "float99"}, {}, "dtype"),
+        ({"max_modl_len": 1}, {}, "did you mean max_model_len"),
+        ({}, {"temperature": 9.0}, "temperature must be in"),
+        ({"kv_cache_memory_bytes": 100_000}, {}, "KV cache"),  # found out by the engine's own process
+    ],
+)
+async def test_why_an_engine_does_not_start_is_one_line(
+    bare: Bare, monkeypatch: pytest.MonkeyPatch, engine: Any, sampling: Any, reason: str
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    broken = VLLMEngine(_settings(bare, "byte_level", {**ARGS, **engine}), SamplingSettings(**sampling), CPU)
+
+    with pytest.raises(EngineStartError) as caught:
+        await broken.start()
+    await broken.stop()
+
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@in_module_loop
+async def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EngineStartError, match="nowhere"):
+        await VLLMEngine(ModelSettings(source=str(tmp_path / "nowhere")), SamplingSettings(), CPU).start()
+
+
+@in_module_loop
+async def test_two_ranks_equal_bare_vllm_with_two_ranks_and_die_together(bare: Bare) -> None:
+    engine = VLLMEngine(_settings(bare, "byte_level", TP2), SamplingSettings(**SAMPLING["greedy"]), CPU)
+    before = _children()
+    await engine.start()
+    try:
+        answers = await ask(engine, SamplingSettings(**SAMPLING["greedy"]), bare, "byte_level", seeded=False)
+        compare(answers, bare.answers["tp2"]["greedy"], bare, "byte_level", "greedy")
+
+        worker = next(p for p in _children() - before if "Worker" in " ".join(p.cmdline()))
+        pending = asyncio.ensure_future(engine.generate("pending", [5], None))
+        worker.send_signal(signal.SIGKILL)
+        with suppress(EngineDied):  # it may have been answered just before
+            await pending
+        await asyncio.sleep(3)
+        with pytest.raises(EngineDied):
+            await engine.generate("after", [5], None)
+    finally:
+        await engine.stop()
+    assert _alive(_children() - before) == []
+
+
+@in_module_loop
+async def test_a_killed_engine_process_fails_its_requests_at_once(engines: dict[str, VLLMEngine]) -> None:
+    """Last: it costs this module's engine."""
+    engine = engines["sentencepiece"]
+    engine._params = _sampling_params(SamplingSettings(temperature=0.0, max_tokens=250, ignore_eos=True))
+    requests = [asyncio.ensure_future(engine.generate(f"k{i}", [5 + i], None)) for i in range(5)]
+    await asyncio.sleep(0.3)
+    core = engine._llm.engine_core.resources.engine_manager.processes[0]
+
+    os.kill(core.pid, signal.SIGKILL)
+    async with asyncio.timeout(30):
+        results = await asyncio.gather(*requests, return_exceptions=True)
+
+    assert all(isinstance(result, EngineDied) for result in results), results
+    with pytest.raises(EngineDied):
+        await engine.generate("after", [5], None)
+    await engine.stop()
+    assert not core.is_alive()
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _alive(processes: set[psutil.Process]) -> list[psutil.Process]:
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    return [
+        p
+        for p in alive
+        if p.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(p.cmdline())
+    ]
