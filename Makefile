@@ -48,7 +48,7 @@ $(DEV): $(PROJECT) requirements/dev.txt
 
 .PHONY: demo
 demo: $(PROJECT) ## Answer 1,000 questions with a tiny model on this machine and check every answer
-	$(BIN)/python examples/questions.py out/demo-input/questions.parquet --rows 1000 --files 4
+	$(BIN)/python examples/questions.py out/demo-input/questions/questions.parquet --rows 1000 --files 4
 	$(BIN)/dray run conf/jobs/demo.yaml
 	$(BIN)/python examples/check_answers.py out/demo
 
@@ -58,7 +58,7 @@ test: $(DEV) ## Run all tests: unit, golden, and local with real Ray, vLLM and S
 
 .PHONY: test-fast
 test-fast: $(DEV) ## Run the unit and golden tests only
-	@$(BIN)/pytest tests/unit tests/golden $(ARGS)
+	@$(BIN)/pytest --ignore=tests/local --ignore=tests/gpu $(ARGS)
 
 .PHONY: lint
 lint: $(DEV) ## Check style, types and the import rules

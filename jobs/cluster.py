@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pipelines
 from jobs.spec import ClusterSettings, JobSpec
 from pipelines.errors import JobError
-from pipelines.run import EngineResources
+from pipelines.run import COMMIT_CPUS, PREPARE_CPUS, EngineResources
 from pipelines.settings import Replicas
 
 
@@ -74,14 +75,17 @@ def engine_resources(spec: JobSpec) -> EngineResources:
         # No CPU for a GPU engine: two such actors on two cores would block every CPU stage for ever.
         resources = EngineResources(num_gpus=gpus, num_cpus=0)
     else:
-        share = (have.get("CPU", 1) - 1) // wanted
-        cpus = max(1.0, share) if pool.cpus_per_engine == "auto" else pool.cpus_per_engine
+        share = (have.get("CPU", 1) - 1) / wanted
+        fair = math.floor(share) if share >= 1 else max(share, 0.2)
+        cpus = fair if pool.cpus_per_engine == "auto" else pool.cpus_per_engine
         resources = EngineResources(num_gpus=0, num_cpus=cpus)
     if spec.cluster.address == "local":
-        for kind, need in (("GPU", resources.num_gpus), ("CPU", resources.num_cpus)):
-            if need * wanted > have.get(kind, 0):
+        beside = PREPARE_CPUS + COMMIT_CPUS
+        for kind, need, rest in (("GPU", resources.num_gpus, 0), ("CPU", resources.num_cpus, beside)):
+            if need * wanted + rest > have.get(kind, 0):
                 raise JobError(
-                    f"the pool needs {wanted} × {need:g} {kind} and this machine has {have.get(kind, 0):g}: "
-                    "lower pool.replicas or tensor_parallel_size, or name a larger cluster.address"
+                    f"the pool needs {wanted} × {need:g} {kind}{' and some for the stages beside it' if rest else ''}; "
+                    f"this machine has {have.get(kind, 0):g}: lower pool.replicas, pool.cpus_per_engine or "
+                    "tensor_parallel_size, or name a larger cluster.address"
                 )
     return resources

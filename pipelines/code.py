@@ -43,7 +43,9 @@ def check_code(expected_digest: str, expected_path: str) -> None:
     """Raise CodeMismatch where this process runs other code than the driver, which sent its digest and path."""
     if code_digest() != expected_digest:
         if code_path() == expected_path:
-            raise CodeMismatch(f"the code in {expected_path} was changed while the job ran; run the job again")
+            raise CodeMismatch(
+                f"the code in {expected_path} was changed while the job ran; run the job again"
+            )
         raise CodeMismatch(
             f"a worker imported {code_path()} (digest {code_digest()}), the driver runs {expected_path} "
             f"(digest {expected_digest}); install the driver's version of dray on every node, and start Ray "

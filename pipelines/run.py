@@ -6,10 +6,8 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import pyarrow as pa
 import ray
 import ray.data
 
@@ -50,18 +48,17 @@ def stream(shards: Sequence[Shard], work: Work, resources: EngineResources) -> I
     dataset = ray.data.from_items(
         [{"shard": shard.to_json()} for shard in largest_first], override_num_blocks=len(shards)
     )
-    one_shard: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+    each: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "fn_constructor_args": [work]}
     outcomes = (
-        dataset.map_batches(partial(_prepare, work=work), num_cpus=_PREPARE_CPUS, **one_shard)
+        dataset.map_batches(Prepare, compute=_beside(work), num_cpus=PREPARE_CPUS, **each)
         .map_batches(
             Generate,
-            fn_constructor_args=[work],
-            compute=_pool(work),
+            compute=_engines(work),
             num_gpus=resources.num_gpus or None,
             num_cpus=resources.num_cpus,
-            **one_shard,
+            **each,
         )
-        .map_batches(partial(_commit, work=work), num_cpus=_COMMIT_CPUS, **one_shard)
+        .map_batches(Commit, compute=_beside(work), num_cpus=COMMIT_CPUS, **each)
     )
     for row in outcomes.iter_rows():
         yield Outcome(
@@ -72,15 +69,14 @@ def stream(shards: Sequence[Shard], work: Work, resources: EngineResources) -> I
 
 
 #: Commits must find a place while reads are waiting, or prepared shards fill the object store.
-_PREPARE_CPUS = 0.5
-_COMMIT_CPUS = 0.1
+PREPARE_CPUS = 0.5
+COMMIT_CPUS = 0.1
 
 
-def _pool(work: Work) -> ray.data.ActorPoolStrategy:
+def _engines(work: Work) -> ray.data.ActorPoolStrategy:
     replicas = work.pool.replicas
-    fixed = None if isinstance(replicas, Replicas) else replicas
     return ray.data.ActorPoolStrategy(
-        size=fixed,
+        size=None if isinstance(replicas, Replicas) else replicas,
         min_size=replicas.min if isinstance(replicas, Replicas) else None,
         max_size=replicas.max if isinstance(replicas, Replicas) else None,
         max_concurrent_calls_per_actor=work.pool.shards_in_flight,
@@ -88,23 +84,14 @@ def _pool(work: Work) -> ray.data.ActorPoolStrategy:
     )
 
 
-def _prepare(batch: pa.Table, work: Work) -> pa.Table:
-    return _stage(Prepare, work)(batch)
+def _beside(work: Work) -> ray.data.ActorPoolStrategy:
+    """Actors for the stages around the engines: one, and up to one per engine where that is not enough.
 
-
-def _commit(batch: pa.Table, work: Work) -> pa.Table:
-    return _stage(Commit, work)(batch)
-
-
-def _stage(kind: type[Prepare] | type[Commit], work: Work) -> Prepare | Commit:
-    """The stage of this worker process: tasks come and go, the loaded tokenizer stays."""
-    key = (kind, work.run_id)
-    if key not in _stages:
-        _stages[key] = kind(work)
-    return _stages[key]
-
-
-_stages: dict[tuple[type, str], Prepare | Commit] = {}
+    Not tasks: Ray ends idle task workers after a second, and each new one loads its tokenizer again (3 s of CPU).
+    """
+    replicas = work.pool.replicas
+    most = replicas.max if isinstance(replicas, Replicas) else replicas
+    return ray.data.ActorPoolStrategy(min_size=1, max_size=most)
 
 
 def _configure() -> None:

@@ -50,7 +50,7 @@ class VLLMEngine:
         began = time.monotonic()
         self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
         try:
-            self._llm = await asyncio.shield(self._building)
+            await asyncio.shield(self._building)
         except EngineStartError:
             raise
         except Exception as error:  # whatever vLLM, torch and transformers raise: the model does not load
@@ -102,18 +102,18 @@ class VLLMEngine:
     async def stop(self) -> None:
         """End EngineCore and its workers, also after a cancelled start; requests still in flight get EngineDied."""
         building, self._building = self._building, None
+        if building is not None:
+            await asyncio.gather(building, return_exceptions=True)  # `start` raises what went wrong
         llm, self._llm = self._llm, None
-        if building is not None and llm is None:
-            try:
-                llm = await building
-            except Exception:  # noqa: BLE001  # `start` has raised it; vLLM has ended what it started
-                return
         if llm is None:
             return
         if self._in_flight and not llm.errored:
             await llm.abort(list(self._in_flight))
+        if llm.output_handler is not None:  # before its sockets go, which it would log as an engine's death
+            llm.output_handler.cancel()
+            await asyncio.gather(llm.output_handler, return_exceptions=True)
         last_reference = [llm]
-        del llm, building
+        del llm
         await asyncio.to_thread(_shut_down, last_reference)
 
     def _answer(self, output: Any, began: float) -> Answer:
@@ -143,7 +143,7 @@ class VLLMEngine:
 
     # ── Building ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _build(self) -> Any:
+    def _build(self) -> None:
         """Import vLLM and construct the engine; blocks."""
         check_engine_args(self._model.engine)
         set_quiet_environment()
@@ -178,12 +178,12 @@ class VLLMEngine:
         with one_start_at_a_time(self._pool):
             # LLM_CLASS: the numbers of `vllm.LLM` for this device where the user gives none; for
             # max_num_batched_tokens 4,096 on a CPU and 16,384 on an H200, where AsyncLLM alone would take 2,048.
-            llm = AsyncLLM.from_engine_args(
+            # Not a local of this thread's frames: tracebacks of failed optional imports would keep it alive.
+            self._llm = AsyncLLM.from_engine_args(
                 args, usage_context=UsageContext.LLM_CLASS, stat_loggers=[_silent_stats()]
             )
-        if not _is_fast(llm.tokenizer):
+        if not _is_fast(self._llm.tokenizer):
             self._params.detokenize = True
-        return llm
 
     # ── Reasons ──────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -15,11 +15,13 @@ import sys
 from typing import Any
 
 
-def bare_vllm(engine: dict[str, Any], sampling: dict[str, Any], prompts: list[Any]) -> list[dict[str, Any]]:
-    """Run it, and wait for the answers."""
+def bare_vllm(
+    engine: dict[str, Any], sampling: dict[str, Any], prompts: list[Any], seeds: list[int] | None = None
+) -> list[dict[str, Any]]:
+    """Run it, and wait for the answers. `seeds`: one per prompt, where sampling is not greedy."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.local.bare_vllm"],
-        input=json.dumps({"engine": engine, "sampling": sampling, "prompts": prompts}),
+        input=json.dumps({"engine": engine, "sampling": sampling, "prompts": prompts, "seeds": seeds}),
         env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -38,8 +40,9 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(**request["engine"])
-    params = SamplingParams(**request["sampling"])
     prompts = request["prompts"]
+    seeds = request["seeds"] or [None] * len(prompts)
+    params = [SamplingParams(**request["sampling"], seed=seed) for seed in seeds]
     if isinstance(prompts[0], str):
         outputs = llm.generate(prompts, params, use_tqdm=False)
     else:

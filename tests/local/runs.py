@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny-model"
 CONF = ROOT / "conf"
-DRAY = Path(sys.executable).with_name("dray")
+_SCRIPT = Path(sys.executable).with_name("dray")
+#: The command line; as a module where the console script is not installed.
+DRAY = [str(_SCRIPT)] if _SCRIPT.exists() else [sys.executable, "-m", "jobs.cli"]
 
 sys.path.append(str(ROOT / "examples"))
 from questions import held_out  # noqa: E402
@@ -72,7 +74,7 @@ def dray(
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would."""
     return subprocess.run(
-        [str(DRAY), *args],
+        [*DRAY, *args],
         env={**os.environ, **(env or {})},
         cwd=cwd or ROOT,
         capture_output=True,

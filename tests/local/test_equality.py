@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import load, run
+from pipelines.generate import row_seed
 from tests.local.bare_vllm import bare_vllm
 from tests.local.runs import REAL, TINY, held_out, job, rows_of
+from tests.tiny_models import sentencepiece_style, with_weights
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(400)]
 
@@ -36,22 +38,34 @@ def questions_of_mixed_length(rows: int) -> list[str]:
     ]
 
 
-def compare(folder: Path, prompts: list[str], sampling: dict[str, Any], engine: dict[str, Any]) -> None:
-    """Run the prompts through a job and through bare vLLM's own `chat`; every row must be equal."""
+def compare(
+    folder: Path,
+    prompts: list[str],
+    sampling: dict[str, Any],
+    engine: dict[str, Any],
+    *,
+    model: Path = TINY,
+    chat: bool = True,
+) -> list[dict[str, Any]]:
+    """Run the prompts through a job and through bare vLLM; every row must be equal. The job's rows, for more checks."""
     (folder / "in").mkdir()
     pq.write_table(pa.table({"question": prompts}), folder / "in" / "q.parquet")
     settings = job(
         folder / "in",
         folder / "out",
-        model={"source": str(TINY), **REAL, "engine": engine},
+        model={"source": str(model), **REAL, "engine": engine},
         sampling=sampling,
         shards={"rows": 128},
     )
     report = run(load(settings))
     assert not report.simulated
-    bare = bare_vllm(
-        {"model": str(TINY), **engine}, sampling, [[{"role": "user", "content": text}] for text in prompts]
-    )
+    rows = rows_of(folder / "out").to_pylist()
+    bare_sampling = {key: value for key, value in sampling.items() if key != "seed"}
+    seeds = None
+    if "seed" in sampling:
+        seeds = [row_seed(sampling["seed"], f"{folder}/in/q.parquet#{i}") for i in range(len(prompts))]
+    asked = [[{"role": "user", "content": text}] for text in prompts] if chat else prompts
+    bare = bare_vllm({"model": str(model), **engine}, bare_sampling, asked, seeds)
     expected = {
         (row, index): (answer["prompt_tokens"], sample["text"], sample["tokens"], sample["finish_reason"])
         for row, answer in enumerate(bare)
@@ -64,11 +78,12 @@ def compare(folder: Path, prompts: list[str], sampling: dict[str, Any], engine: 
             row["completion_tokens"],
             row["finish_reason"],
         )
-        for row in rows_of(folder / "out").to_pylist()
+        for row in rows
     }
     assert found.keys() == expected.keys()
     differing = {key: (found[key], expected[key]) for key in found if found[key] != expected[key]}
     assert not differing, f"{len(differing)} of {len(found)} differ: {list(differing.items())[:3]}"
+    return rows
 
 
 def test_greedy_answers_to_500_prompts_of_mixed_length(tmp_path: Path) -> None:
@@ -77,7 +92,20 @@ def test_greedy_answers_to_500_prompts_of_mixed_length(tmp_path: Path) -> None:
 
 def test_stop_strings(tmp_path: Path) -> None:
     sampling = {"temperature": 0, "max_tokens": 48, "stop": ["thousand", "day"]}
-    compare(tmp_path, questions_of_mixed_length(100), sampling, ENGINE)
+    rows = compare(tmp_path, questions_of_mixed_length(100), sampling, ENGINE)
+    assert not any("thousand" in row["generated_text"] for row in rows)
+
+
+def test_three_samples_cut_inside_characters_of_a_sentencepiece_model(tmp_path: Path) -> None:
+    """Random weights and a temperature give bytes of characters that the short answers cut in two."""
+    model = with_weights(sentencepiece_style(tmp_path / "model"))
+    sampling = {"temperature": 1.0, "max_tokens": 6, "n": 3, "seed": 42}
+    prompts = questions_of_mixed_length(150)
+    engine = {**ENGINE, "max_model_len": 1024}
+    rows = compare(tmp_path, prompts, sampling, engine, model=model, chat=False)
+    assert len(rows) == 450
+    assert len({row["generated_text"] for row in rows}) > 400
+    assert not any("\ufffd" in row["generated_text"][-1:] for row in rows)  # vLLM holds a cut character back
 
 
 def test_tensor_parallel_engine(tmp_path: Path) -> None:

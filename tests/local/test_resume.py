@@ -1,0 +1,109 @@
+"""A driver that is killed in mid-run loses the shards in flight and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from tests.local.runs import DRAY, ROOT, content, dray, job, write_questions
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def processes_of(session_started: float) -> list[psutil.Process]:
+    """Ray's and vLLM's processes that were started since then."""
+    found = []
+    for process in psutil.process_iter(["name", "cmdline", "create_time"]):
+        words = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
+        if process.info["create_time"] >= session_started and ("ray" in words or "VLLM" in words):
+            found.append(process)
+    return found
+
+
+def test_kill_minus_nine_and_run_again(tmp_path: Path) -> None:
+    write_questions(tmp_path / "in", rows=800, files=2)
+    settings = job(
+        tmp_path / "in",
+        tmp_path / "out",
+        shards={"rows": 50},
+        model={"simulated": {"tokens_per_s": 1500}},
+        pool={"shards_in_flight": 2},
+    )
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(json.dumps(settings))
+    undisturbed = dray(
+        "run", str(job_file), f"output.path={tmp_path}/clean", "model.simulated.tokens_per_s=1e6"
+    )
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    data = tmp_path / "out" / "data"
+    began = time.time()
+    driver = subprocess.Popen(
+        [*DRAY, "run", str(job_file), "--quiet"], cwd=ROOT, env={**os.environ}, stderr=subprocess.DEVNULL
+    )
+    while len(list(data.glob("*.parquet")) if data.exists() else []) < 5:
+        assert driver.poll() is None, "the driver ended before it could be killed"
+        assert time.time() - began < 120
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    time.sleep(3)  # the orphaned workers notice; what they commit until then is sound
+    survivors = {path: path.stat().st_mtime_ns for path in data.glob("*.parquet")}
+    assert 5 <= len(survivors) < 16
+    assert not (data / "_SUCCESS").exists()
+    status = json.loads(dray("status", str(tmp_path / "out"), "--json").stdout)
+    assert status["shards_committed"] == len(survivors)
+
+    again = dray("run", str(job_file), "--json")
+    assert again.returncode == 0, again.stderr
+    # Finished shards were not run again: their parts are the very same files, from the first run.
+    assert {path: path.stat().st_mtime_ns for path in survivors} == survivors
+    runs = {pq.read_table(path)["run_id"][0].as_py() for path in data.glob("*.parquet")}
+    assert len(runs) == 2
+    report = json.loads(again.stdout)
+    assert report["stats"]["rows_in"] == 800
+    assert [run["state"] for run in report["runs"]] == ["running", "running"]  # the second is this one
+
+    assert content(tmp_path / "out") == content(tmp_path / "clean")
+    verdict = dray("verify", str(tmp_path / "out"), "--deep", "--json")
+    assert verdict.returncode == 0, verdict.stdout
+    for process in processes_of(began):
+        assert "raylet" not in " ".join(process.cmdline()), process.cmdline()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so_and_can_go_on(tmp_path: Path, number: signal.Signals) -> None:
+    write_questions(tmp_path / "in", rows=400)
+    settings = job(
+        tmp_path / "in", tmp_path / "out", shards={"rows": 25}, model={"simulated": {"tokens_per_s": 800}}
+    )
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(json.dumps(settings))
+    driver = subprocess.Popen(
+        [*DRAY, "run", str(job_file)], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    data = tmp_path / "out" / "data"
+    began = time.time()
+    while not (data.exists() and list(data.glob("*.parquet"))):
+        assert driver.poll() is None
+        assert time.time() - began < 120
+        time.sleep(0.05)
+    driver.send_signal(number)
+    _, words = driver.communicate(timeout=60)
+    assert driver.returncode == 130, words
+    assert "error: stopped" in words
+    assert "Traceback" not in words
+    status = json.loads(dray("status", str(tmp_path / "out"), "--json").stdout)
+    assert status["locked_by"] is None
+    assert status["runs"][0]["state"] == "interrupted"
+    done = dray("resume", str(tmp_path / "out"), "model.simulated.tokens_per_s=1e6", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["stats"]["rows_in"] == 400
