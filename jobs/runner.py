@@ -123,6 +123,8 @@ class _Run:
         self.retries = 0
         committed = committed_shards(storage, plan)
         self.done = len(committed)
+        rows = [shard.rows for shard in plan.shards]
+        self.rows_total = None if None in rows else sum(n for n in rows if n is not None)
         self.rows_before = sum(shard.rows or 0 for shard in plan.shards if shard.id in committed)
 
     def to_the_end(self) -> Report:
@@ -192,13 +194,9 @@ class _Run:
 
     def _check_budget_early(self) -> None:
         """Stop as soon as the failed rows exceed what the whole job may have."""
-        total = self._rows_total()
+        total = self.rows_total
         if total and self.stats.rows_failed > self.work.errors.max_error_rate * total:
             raise self._over_budget(self.stats, total)
-
-    def _rows_total(self) -> int | None:
-        rows = [shard.rows for shard in self.plan.shards]
-        return None if None in rows else sum(n for n in rows if n is not None)
 
     def _finish(self) -> Report:
         self._tell("finishing")
@@ -247,7 +245,7 @@ class _Run:
                 phase=phase,
                 shards_total=len(self.plan.shards),
                 shards_done=self.done,
-                rows_total=self._rows_total(),
+                rows_total=self.rows_total,
                 rows_before=self.rows_before,
                 stats=self.stats,
                 retries=self.retries,

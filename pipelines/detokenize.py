@@ -80,7 +80,7 @@ class Detokenizer:
             text[len(tail) :]
             if text.startswith(tail)
             and not tail.endswith(_REPLACEMENT)
-            and True
+            and _REPLACEMENT not in text[len(tail) :]
             and not self._bytes_meet(prompt, ids)
             else self._stream(prompt, ids)
             for tail, text, prompt, ids in zip(before, after, prompts, shown, strict=True)

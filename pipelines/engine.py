@@ -36,7 +36,7 @@ class Sample:
     token_ids: Sequence[int]
     """All generated tokens, the stop token included."""
     text: str | None
-    """Set only where the engine had to detokenise (stop strings, bad words)."""
+    """Set only where the engine had to detokenise (stop strings, a slow tokenizer)."""
     finish_reason: str
     """`stop` or `length`."""
     logprobs: list[dict[str, Any]] | None = None

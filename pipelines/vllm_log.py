@@ -13,9 +13,12 @@ import os
 import re
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+_PREFIX = "dray-vllm-"
 #: `pkg.SomeError: message`, the last line of a traceback.
 _EXCEPTION_LINE = re.compile(r"^(?:\([^)]*\) )?([A-Za-z_][\w.]*(?:Error|Exception|Interrupt)): (.+)$")
 #: Lines that only point at another line.
@@ -37,7 +40,8 @@ def error_log() -> Path | None:
     """
     if "VLLM_LOGGING_CONFIG_PATH" in os.environ or os.environ.get("VLLM_CONFIGURE_LOGGING") == "0":
         return None
-    folder = Path(tempfile.mkdtemp(prefix="dray-vllm-"))
+    _sweep(Path(tempfile.gettempdir()))
+    folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     atexit.register(_remove, folder, os.getpid())
     level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     log = folder / "errors.log"
@@ -96,6 +100,18 @@ def reason_since(log: Path | None, offset: int) -> str | None:
         if match and not any(pointer in line for pointer in _POINTERS):
             return f"{match.group(1)}: {match.group(2)}"
     return None
+
+
+def _sweep(temporary: Path) -> None:
+    """Remove what ended processes left: Ray ends its workers without running exit handlers.
+
+    A day old and without its process, because another container's process may share the folder but not the pid.
+    """
+    for folder in temporary.glob(f"{_PREFIX}*"):
+        pid = folder.name.removeprefix(_PREFIX).split("-")[0]
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > 86_400 and not Path("/proc", pid).exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove(folder: Path, owner: int) -> None:

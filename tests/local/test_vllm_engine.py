@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(300)
 in_module_loop = pytest.mark.asyncio(loop_scope="module")
 
 FAMILIES = {"byte_level": byte_level, "sentencepiece": sentencepiece_style}
-ARGS = {"max_model_len": 256, "dtype": "float32", "enforce_eager": True, "max_num_seqs": 64}
+ARGS: dict[str, Any] = {"max_model_len": 256, "dtype": "float32", "enforce_eager": True, "max_num_seqs": 64}
 TP2 = {**ARGS, "tensor_parallel_size": 2}
 CPU = PoolSettings(device="cpu")
 
@@ -57,61 +57,72 @@ SAMPLING: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SEEDED = {"seeded_n3"}
 
+#: Settings that change the text of the same ids.
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"skip_special_tokens": False},
+    {"include_stop_str_in_output": True},
+]
+
 
 @dataclass
-class Bare:
-    """Bare vLLM's answers by engine and sampling, and the models they came from."""
+class Task:
+    """The models of both families, and the prompts put to them."""
 
     models: dict[str, Path]
     prompts: dict[str, list[list[int]]]
     seeds: list[int]
-    answers: dict[str, dict[str, list[list[dict[str, Any]]]]]
+
+
+Answers = dict[str, dict[str, list[list[dict[str, Any]]]]]
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Bare:
-    folder = tmp_path_factory.mktemp("vllm")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    folder = tmp_path_factory.mktemp("models")
     models = {name: with_weights(make(folder / name)) for name, make in FAMILIES.items()}
     prompts = {name: _prompts(models[name]) for name in models}
-    seeds = [1000 + i for i in range(len(prompts["byte_level"]))]
+    return Task(models, prompts, [1000 + i for i in range(len(prompts["byte_level"]))])
+
+
+@pytest.fixture(scope="module")
+def bare(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """Bare vLLM's answers by engine and sampling."""
 
     def calls(family: str, names: list[str]) -> list[dict[str, Any]]:
         return [
             {
                 "sampling": SAMPLING[name],
-                "prompts": prompts[family],
-                "seeds": seeds if name in SEEDED else None,
+                "prompts": task.prompts[family],
+                "seeds": task.seeds if name in SEEDED else None,
             }
             for name in names
         ]
 
+    engines: list[tuple[str, dict[str, Any], list[str]]]
     engines = [(family, ARGS, list(SAMPLING)) for family in FAMILIES]
-    engines.append(("byte_level", TP2, ["greedy"]))
-    requests = [
-        {"args": {"model": str(models[family]), **args}, "calls": calls(family, names)}
+    engines.append(("byte_level", {**TP2, "distributed_executor_backend": "mp"}, ["greedy"]))
+    requests: list[dict[str, Any]] = [
+        {"args": {"model": str(task.models[family]), **args}, "calls": calls(family, names)}
         for family, args, names in engines
     ]
-    requests[-1]["args"]["distributed_executor_backend"] = "mp"
+    folder = tmp_path_factory.mktemp("bare")
     (folder / "requests.json").write_text(json.dumps(requests))
-    environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     script = [sys.executable, "-m", "tests.local.vllm_token_yardstick"]
     done = subprocess.run(
         [*script, str(folder / "requests.json"), str(folder / "answers.json")],
-        env=environment,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     by_engine = json.loads((folder / "answers.json").read_text())
-    answers = {
+    return {
         key: dict(zip(names, answered, strict=True))
         for key, (_, _, names), answered in zip([*FAMILIES, "tp2"], engines, by_engine, strict=True)
     }
-    return Bare(models, prompts, seeds, answers)
 
 
 def _prompts(model: Path) -> list[list[int]]:
@@ -123,16 +134,16 @@ def _prompts(model: Path) -> list[list[int]]:
     return [*encoded, *some, [tokenizer.bos_token_id]]
 
 
-def _settings(bare: Bare, family: str, args: dict[str, Any]) -> ModelSettings:
-    return ModelSettings(source=str(bare.models[family]), engine=args)
+def _settings(task: Task, family: str, args: dict[str, Any]) -> ModelSettings:
+    return ModelSettings(source=str(task.models[family]), engine=args)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engines(bare: Bare) -> AsyncIterator[dict[str, VLLMEngine]]:
+async def engines(task: Task) -> AsyncIterator[dict[str, VLLMEngine]]:
     """A started engine for each family; `ask` gives it other sampling settings."""
     started = {}
     for family in FAMILIES:
-        started[family] = VLLMEngine(_settings(bare, family, ARGS), SamplingSettings(temperature=0.0), CPU)
+        started[family] = VLLMEngine(_settings(task, family, ARGS), SamplingSettings(temperature=0.0), CPU)
         info = await started[family].start()
         assert info.name.startswith("vllm 0.")
         assert (info.device, info.max_model_len, info.max_num_seqs) == ("cpu", 256, 64)
@@ -143,23 +154,23 @@ async def engines(bare: Bare) -> AsyncIterator[dict[str, VLLMEngine]]:
 
 
 async def ask(
-    engine: VLLMEngine, sampling: SamplingSettings, bare: Bare, family: str, seeded: bool
+    engine: VLLMEngine, sampling: SamplingSettings, task: Task, family: str, seeded: bool
 ) -> list[Answer]:
     """All prompts at once through the engine, as if it had been started with this sampling."""
     other = copy.copy(engine)
     other._sampling = sampling
     other._params = _sampling_params(sampling)
-    seeds = bare.seeds if seeded else [None] * len(bare.seeds)
-    rows = zip(bare.prompts[family], seeds, strict=True)
+    seeds = task.seeds if seeded else [None] * len(task.seeds)
+    rows = zip(task.prompts[family], seeds, strict=True)
     return await asyncio.gather(*(other.generate(f"r{i}", ids, seed) for i, (ids, seed) in enumerate(rows)))
 
 
 def compare(
-    answers: list[Answer], expected: list[list[dict[str, Any]]], bare: Bare, family: str, name: str
+    answers: list[Answer], expected: list[list[dict[str, Any]]], task: Task, family: str, name: str
 ) -> None:
     sampling = SamplingSettings(**SAMPLING[name])
-    detokenizer = Detokenizer(load_tokenizer(_settings(bare, family, {})), sampling)
-    for prompt, answer, wanted in zip(bare.prompts[family], answers, expected, strict=True):
+    detokenizer = Detokenizer(load_tokenizer(_settings(task, family, {})), sampling)
+    for prompt, answer, wanted in zip(task.prompts[family], answers, expected, strict=True):
         samples = answer.samples
         assert [list(sample.token_ids) for sample in samples] == [each["token_ids"] for each in wanted]
         assert [sample.finish_reason for sample in samples] == [each["finish_reason"] for each in wanted]
@@ -174,21 +185,21 @@ def compare(
 @pytest.mark.parametrize("name", SAMPLING)
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_text_and_tokens_equal_bare_vllm(
-    engines: dict[str, VLLMEngine], bare: Bare, family: str, name: str
+    engines: dict[str, VLLMEngine], task: Task, bare: Answers, family: str, name: str
 ) -> None:
-    answers = await ask(engines[family], SamplingSettings(**SAMPLING[name]), bare, family, name in SEEDED)
+    answers = await ask(engines[family], SamplingSettings(**SAMPLING[name]), task, family, name in SEEDED)
 
-    compare(answers, bare.answers[family][name], bare, family, name)
+    compare(answers, bare[family][name], task, family, name)
 
 
-def test_the_comparisons_meet_what_they_are_for(bare: Bare) -> None:
+def test_the_comparisons_meet_what_they_are_for(task: Task, bare: Answers) -> None:
     """Cut characters, stops by token and by string, and different samples do occur in the yardstick."""
-    byte_level = bare.answers["byte_level"]
+    byte_level = bare["byte_level"]
     reasons = {name: [s["finish_reason"] for row in rows for s in row] for name, rows in byte_level.items()}
     assert "stop" in reasons["stop_strings"]
     assert "stop" in reasons["stop_token_ids"]
     assert any(len({s["text"] for s in row}) == 3 for row in byte_level["seeded_n3"])
-    tokenizer = load_tokenizer(_settings(bare, "byte_level", {}))
+    tokenizer = load_tokenizer(_settings(task, "byte_level", {}))
     cut = [
         s for row in byte_level["short"] for s in row if tokenizer.decode(s["token_ids"]).endswith("\ufffd")
     ]
@@ -197,13 +208,13 @@ def test_the_comparisons_meet_what_they_are_for(bare: Bare) -> None:
 
 
 @in_module_loop
-async def test_logprobs_timing_and_prefix_cache(engines: dict[str, VLLMEngine], bare: Bare) -> None:
+async def test_logprobs_timing_and_prefix_cache(engines: dict[str, VLLMEngine], task: Task) -> None:
     sampling = SamplingSettings(temperature=0.0, max_tokens=5, logprobs=2)
     await ask(
-        engines["byte_level"], sampling, bare, "byte_level", seeded=False
+        engines["byte_level"], sampling, task, "byte_level", seeded=False
     )  # compiles, and fills the cache
     began = time.monotonic()
-    answers = await ask(engines["byte_level"], sampling, bare, "byte_level", seeded=False)
+    answers = await ask(engines["byte_level"], sampling, task, "byte_level", seeded=False)
     elapsed_s = time.monotonic() - began
 
     for answer in answers:
@@ -280,15 +291,15 @@ async def test_cancelling_aborts_the_request_in_the_engine(engines: dict[str, VL
     assert (await engines["byte_level"].generate("after", [5], None)).samples
 
 
-def test_texts_equal_vllms_incremental_detokenizer(bare: Bare) -> None:
+def test_texts_equal_vllms_incremental_detokenizer(task: Task) -> None:
     """The real class of vLLM, one token at a time, over ids that no model would choose."""
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
     chooser = random.Random(7)
     for family in FAMILIES:
-        tokenizer = load_tokenizer(_settings(bare, family, {}))
-        for options in ({}, {"skip_special_tokens": False}, {"include_stop_str_in_output": True}):
+        tokenizer = load_tokenizer(_settings(task, family, {}))
+        for options in VARIANTS:
             rows = []
             for _ in range(400):
                 low, high = chooser.choice([(0, 640), (3, 259)])
@@ -324,14 +335,18 @@ def test_texts_equal_vllms_incremental_detokenizer(bare: Bare) -> None:
         ({"dtype": "float99"}, {}, "dtype"),
         ({"max_modl_len": 1}, {}, "did you mean max_model_len"),
         ({}, {"temperature": 9.0}, "temperature must be in"),
-        ({"kv_cache_memory_bytes": 100_000}, {}, "No available memory"),  # found out by the engine's own process
+        (
+            {"kv_cache_memory_bytes": 100_000},
+            {},
+            "No available memory",
+        ),  # found out by the engine's own process
     ],
 )
 async def test_why_an_engine_does_not_start_is_one_line(
-    bare: Bare, monkeypatch: pytest.MonkeyPatch, engine: Any, sampling: Any, reason: str
+    task: Task, monkeypatch: pytest.MonkeyPatch, engine: Any, sampling: Any, reason: str
 ) -> None:
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    broken = VLLMEngine(_settings(bare, "byte_level", {**ARGS, **engine}), SamplingSettings(**sampling), CPU)
+    broken = VLLMEngine(_settings(task, "byte_level", {**ARGS, **engine}), SamplingSettings(**sampling), CPU)
 
     with pytest.raises(EngineStartError) as caught:
         await broken.start()
@@ -348,13 +363,13 @@ async def test_a_missing_model_is_named(tmp_path: Path) -> None:
 
 
 @in_module_loop
-async def test_two_ranks_equal_bare_vllm_with_two_ranks_and_die_together(bare: Bare) -> None:
-    engine = VLLMEngine(_settings(bare, "byte_level", TP2), SamplingSettings(**SAMPLING["greedy"]), CPU)
+async def test_two_ranks_equal_bare_vllm_with_two_ranks_and_die_together(task: Task, bare: Answers) -> None:
+    engine = VLLMEngine(_settings(task, "byte_level", TP2), SamplingSettings(**SAMPLING["greedy"]), CPU)
     before = _children()
     await engine.start()
     try:
-        answers = await ask(engine, SamplingSettings(**SAMPLING["greedy"]), bare, "byte_level", seeded=False)
-        compare(answers, bare.answers["tp2"]["greedy"], bare, "byte_level", "greedy")
+        answers = await ask(engine, SamplingSettings(**SAMPLING["greedy"]), task, "byte_level", seeded=False)
+        compare(answers, bare["tp2"]["greedy"], task, "byte_level", "greedy")
 
         worker = next(p for p in _children() - before if "Worker" in " ".join(p.cmdline()))
         pending = asyncio.ensure_future(engine.generate("pending", [5], None))
