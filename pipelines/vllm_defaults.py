@@ -64,6 +64,10 @@ def cpu_defaults(model: ModelSettings, sampling: SamplingSettings, pool: PoolSet
     # "1" (10.6 k and 2.3 k tokens/s at best); start-up 15 and 23 s of CPU.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     defaults = _common(model, sampling)
+    if sampling.seed is not None:
+        # vLLM 0.32 turns a seeded request's generator back after each chunk of a prefill, which a CPU generator
+        # cannot do: the engine dies ("CPU Generator does not use offset").
+        defaults["enable_chunked_prefill"] = False
     if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # set but blank, vLLM fails on it
         if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & model.engine.keys():
