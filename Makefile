@@ -47,10 +47,15 @@ $(DEV): $(PROJECT) requirements/dev.txt
 	@mkdir -p $(STAMPS) && touch $@
 
 .PHONY: demo
-demo: $(PROJECT) ## Answer 1,000 questions with a tiny model on this machine and check every answer
-	$(BIN)/python examples/questions.py out/demo-input/questions/questions.parquet --rows 1000 --files 4
+demo: $(PROJECT) out/demo-input/questions/.made ## Answer 1,000 questions with a tiny model on this machine and check every answer
 	$(BIN)/dray run conf/jobs/demo.yaml
 	$(BIN)/python examples/check_answers.py out/demo
+
+# Written once: a job refuses input that changes under it, and these files would be new at each run.
+out/demo-input/questions/.made: examples/questions.py | $(PROJECT)
+	@rm -rf $(@D) out/demo
+	$(BIN)/python examples/questions.py $(@D)/questions.parquet --rows 1000 --files 4
+	@touch $@
 
 .PHONY: test
 test: $(DEV) ## Run all tests: unit, golden, and local with real Ray, vLLM and S3 (GPU tests where there is one)

@@ -6,6 +6,8 @@ import contextlib
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +31,7 @@ def connected(cluster: ClusterSettings) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     # Ray puts the driver's working directory first on the workers' import path. From our own root that folder is ours,
     # so that a `jobs/` or `pipelines/` of the user's cannot shadow Dray's (docs/decisions/0001).
     with contextlib.chdir(Path(pipelines.__file__).parent.parent):
@@ -50,6 +53,8 @@ def connected(cluster: ClusterSettings) -> Iterator[None]:
             raise JobError(
                 f"no Ray cluster at cluster.address {cluster.address!r}: {str(error).splitlines()[0]}"
             ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own there, which exits with 15
     try:
         yield
     finally:

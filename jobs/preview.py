@@ -19,7 +19,7 @@ from pipelines.admission import Gate, admission_policy
 from pipelines.contracts import Shard, Work
 from pipelines.detokenize import Detokenizer
 from pipelines.engine import open_engine
-from pipelines.generate import Answering
+from pipelines.generate import Answering, Started
 from pipelines.listing import list_files
 from pipelines.prepare import Prepare
 from pipelines.result import build_result
@@ -82,7 +82,8 @@ async def _answer(parcel: Parcel, work: Work) -> Parcel:
     try:
         info = await engine.start()
         gate = Gate(admission_policy(work.pool.admission, info.max_num_seqs))
-        return await Answering(work, engine, info, gate, itertools.count()).shard(parcel, priority=0)
+        started = Started(engine, info, gate)
+        return await Answering(work, started, itertools.count()).shard(parcel, priority=0)
     finally:
         await engine.stop()
 

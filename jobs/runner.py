@@ -130,7 +130,7 @@ class _Run:
     def to_the_end(self) -> Report:
         pending = self._pending()
         if not pending and self.storage.exists(SUCCESS):
-            log.info("nothing to do: all %d shards are committed", len(self.plan.shards))
+            self._tell("done", note=f"nothing to do: all {len(self.plan.shards):,} shards are committed")
             return self._report(fold(self.storage, self.plan), succeeded=True)
         # A folder that is being extended is not a whole one.
         self.storage.delete(SUCCESS)
@@ -239,7 +239,7 @@ class _Run:
             f"errors.max_error_rate={rate:.2g} or more to accept them"
         )
 
-    def _tell(self, phase: str) -> None:
+    def _tell(self, phase: str, note: str = "") -> None:
         self.observer(
             Progress(
                 phase=phase,
@@ -249,5 +249,6 @@ class _Run:
                 rows_before=self.rows_before,
                 stats=self.stats,
                 retries=self.retries,
+                note=note,
             )
         )

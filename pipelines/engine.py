@@ -56,7 +56,7 @@ class Answer:
 
 
 class Engine(Protocol):
-    """One engine, used from one event loop. All requests share the job's sampling settings."""
+    """One engine. All requests share the job's sampling settings and one event loop, which need not be `start`'s."""
 
     async def start(self) -> EngineInfo:
         """Load the model. Raises EngineStartError."""

@@ -9,6 +9,8 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -22,19 +24,26 @@ from pipelines.histogram import Histogram
 from pipelines.stage import Failure, Parcel
 
 
+@dataclass(frozen=True)
+class Started:
+    """An engine that is ready, and the gate before it."""
+
+    engine: Engine
+    info: EngineInfo
+    gate: Gate
+
+
 class Generate:
     """The engine actor of the Ray graph: shards in, shards with generations out.
 
-    Ray Data calls it for several shards at once, all on one event loop; the engine starts with the first call, because
-    an AsyncLLM belongs to the loop that made it.
+    Ray Data calls it for several shards at once, all on one event loop. The engine starts with the actor, beside the
+    first shard's reading; whoever comes first waits for it, and gets the error if it does not start.
     """
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.engine: Engine | None = None
-        self.info: EngineInfo | None = None
-        self.gate: Gate | None = None
-        self._starting = asyncio.Lock()
+        self._starter = ThreadPoolExecutor(1)
+        self._start = self._starter.submit(self._open)
         self._arrivals = itertools.count()
         self._requests = itertools.count()
 
@@ -42,43 +51,37 @@ class Generate:
         parcel = Parcel.from_batch(batch)
         if parcel.failure:
             return parcel.to_batch()
-        engine: Engine | None = None
+        start = self._start
         try:
-            engine, info, gate = await self._started()
-            answered = await Answering(self.work, engine, info, gate, self._requests).shard(
+            started = await asyncio.wrap_future(start)
+            answered = await Answering(self.work, started, self._requests).shard(
                 parcel, priority=next(self._arrivals)
             )
             return await asyncio.to_thread(answered.to_batch)
         except Exception as error:  # noqa: BLE001 - classified by Failure.of
-            if isinstance(error, EngineDied) and engine is not None:
-                await self._drop(engine)
+            if isinstance(error, EngineDied) and start is self._start:
+                # The next shard gets a new engine; shards of the dead one fail and come back.
+                self._start = self._starter.submit(self._reopen, start.result().engine)
             return parcel.failed(Failure.of("generate", error)).to_batch()
 
-    async def _started(self) -> tuple[Engine, EngineInfo, Gate]:
-        async with self._starting:
-            if self.engine is None or self.info is None or self.gate is None:
-                check_code(self.work.code_digest, self.work.code_path)
-                engine = open_engine(self.work.model, self.work.sampling, self.work.pool)
-                self.info = await engine.start()
-                self.engine = engine
-                self.gate = Gate(admission_policy(self.work.pool.admission, self.info.max_num_seqs))
-            return self.engine, self.info, self.gate
+    def _open(self) -> Started:
+        """Blocks until the engine is ready. An engine takes the loop of its first request, not this one."""
+        check_code(self.work.code_digest, self.work.code_path)
+        engine = open_engine(self.work.model, self.work.sampling, self.work.pool)
+        info = asyncio.run(engine.start())
+        return Started(engine, info, Gate(admission_policy(self.work.pool.admission, info.max_num_seqs)))
 
-    async def _drop(self, dead: Engine) -> None:
-        """The next shard starts a new engine; shards of the dead one fail and come back."""
-        async with self._starting:
-            if self.engine is dead:
-                self.engine = None
-                await dead.stop()
+    def _reopen(self, dead: Engine) -> Started:
+        asyncio.run(dead.stop())
+        return self._open()
 
 
 class Answering:
     """One shard's requests on a started engine."""
 
-    def __init__(
-        self, work: Work, engine: Engine, info: EngineInfo, gate: Gate, requests: itertools.count[int]
-    ) -> None:
-        self.work, self.engine, self.info, self.gate, self.requests = work, engine, info, gate, requests
+    def __init__(self, work: Work, started: Started, requests: itertools.count[int]) -> None:
+        self.work, self.requests = work, requests
+        self.engine, self.info, self.gate = started.engine, started.info, started.gate
 
     async def shard(self, parcel: Parcel, priority: int) -> Parcel:
         """Answer every prompt that has tokens. Raises what is not one row's fault, after aborting the rest."""

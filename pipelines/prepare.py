@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from functools import cached_property
 
@@ -20,10 +21,12 @@ class Prepare:
 
     def __init__(self, work: Work) -> None:
         self.work = work
+        with contextlib.suppress(Exception):
+            _ = self.builder
 
     @cached_property
     def builder(self) -> PromptBuilder:
-        """Made by the first shard, so that what is wrong with it is that shard's failure and not Ray's."""
+        """Made with the actor; what is wrong with it meets the first shard again and is that shard's failure."""
         check_code(self.work.code_digest, self.work.code_path)
         return PromptBuilder(self.work.prompt, load_tokenizer(self.work.model), self.work.user_modules)
 

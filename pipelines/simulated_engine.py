@@ -37,6 +37,7 @@ class SimulatedEngine:
         self._sampling = sampling
         self._settings = model.simulated
         self._max_model_len = int(model.engine.get("max_model_len") or 4096)
+        self._ready = False
         self._clock: _SharedClock | None = None
         self._ids: npt.NDArray[np.int64] = np.empty(0, np.int64)
         self._vocab_size = 0
@@ -54,7 +55,7 @@ class SimulatedEngine:
         stop_ids = self._sampling.stop_token_ids
         self._stop_id = tokenizer.eos_token_id if not stop_ids else stop_ids[0]
         await asyncio.sleep(max(0.0, self._settings.start_s - (loop.time() - began)))
-        self._clock = _SharedClock(self._settings.tokens_per_s)
+        self._ready = True
         return EngineInfo(
             name="simulated",
             device="cpu",
@@ -65,8 +66,10 @@ class SimulatedEngine:
         )
 
     async def generate(self, request_id: str, token_ids: Sequence[int], seed: int | None) -> Answer:
-        if self._clock is None:
+        if not self._ready:
             raise EngineDied("the simulated engine is not running")
+        if self._clock is None:  # belongs to the loop of the first request, which may not be that of `start`
+            self._clock = _SharedClock(self._settings.tokens_per_s)
         prompt = check_prompt(token_ids, self._max_model_len)
         if max(prompt) >= self._vocab_size:
             raise RowError("invalid_request", f"Token id {max(prompt)} is out of vocabulary")
@@ -76,6 +79,7 @@ class SimulatedEngine:
         return Answer(samples=samples, cached_tokens=0, ttft_s=elapsed_s * len(samples) / tokens)
 
     async def stop(self) -> None:
+        self._ready = False
         if self._clock is not None:
             self._clock.stop()
             self._clock = None

@@ -55,7 +55,9 @@ def test_a_finished_job_is_left_alone(tmp_path: Path) -> None:
     spec = load(job(tmp_path / "in", tmp_path / "out"))
     run(spec)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").iterdir()}
-    report = run(spec)
+    notes: list[str] = []
+    report = run(spec, observer=lambda progress: notes.append(progress.note))
+    assert "nothing to do: all 1 shards are committed" in notes
     assert report.state == "complete"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").iterdir()} == before
     assert [entry["state"] for entry in status(Storage(str(tmp_path / "out")))["runs"]] == ["succeeded"] * 2
