@@ -5,6 +5,7 @@ Nothing here trusts what a Ray job or a worker claimed (design §4.10).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pipelines.storage import Storage
 T = TypeVar("T")
 
 SUCCESS = "data/_SUCCESS"
+_ERRORS_OBJECT = re.compile(r"errors/part-\d{6,}-[0-9a-f]{16}-[0-9a-f]{8}\.parquet")
 #: Footers are small reads of one round trip each; 32 at once keeps a listing of 100,000 parts to minutes on S3.
 _READERS = 32
 
@@ -80,7 +82,7 @@ def clear_unreferenced_errors(storage: Storage, books: Books) -> None:
     """Remove what attempts that came second wrote to `errors/`: no part refers to it."""
     referenced = {part.footer.errors_object for part in books.parts}
     for info in storage.list("errors"):
-        if info.name not in referenced:
+        if info.name not in referenced and _ERRORS_OBJECT.fullmatch(info.name):
             storage.delete(info.name)
 
 
@@ -91,6 +93,12 @@ def fold(storage: Storage, plan: Plan) -> Books:
     superseded = {old.shard.part_name for old in plan.superseded}
     unknown = sorted(found.keys() - planned.keys() - superseded)
     problems = [f"data/{name} is not in the plan" for name in unknown]
+    problems += [
+        f"data/{old.shard.part_name} is superseded and still there"
+        for old in plan.superseded
+        if old.shard.part_name in found and all(shard.part_name in found for shard in old.by)
+    ]
+    error_objects = {info.name for info in storage.list("errors")}
     parts: list[Part] = []
     for name, result in _each(found.keys() & planned.keys(), lambda name: _read(storage, name)):
         if isinstance(result, OutputError):
@@ -98,6 +106,9 @@ def fold(storage: Storage, plan: Plan) -> Books:
         else:
             parts.append(result)
             problems.extend(f"data/{name}: {why}" for why in _disagreements(result, planned[name], plan))
+            errors_object = result.footer.errors_object
+            if errors_object and errors_object not in error_objects:
+                problems.append(f"data/{name}: its failed rows, {errors_object}, are gone")
     parts.sort(key=lambda part: part.footer.shard.ordinal)
     return Books(
         shards=plan.shards,

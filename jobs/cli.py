@@ -110,7 +110,7 @@ def plan(target: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @command("preview")
 @job_arguments
-@click.option("-n", "rows", default=5, show_default=True, help="How many rows.")
+@click.option("-n", "rows", type=click.IntRange(min=1), default=5, show_default=True, help="How many rows.")
 @click.option("--generate", is_flag=True, help="Answer them too, with the job's model.")
 def preview(target: str, overrides: tuple[str, ...], rows: int, generate: bool, as_json: bool) -> None:
     """Show the first rendered prompts. Writes nothing."""

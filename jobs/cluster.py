@@ -76,7 +76,7 @@ def engine_resources(spec: JobSpec) -> EngineResources:
         device = "gpu" if have.get("GPU", 0) else "cpu"
     if device == "gpu":
         packed = 1 if pool.engines_per_gpu == "auto" else pool.engines_per_gpu
-        gpus = spec.model.tensor_parallel_size / packed
+        gpus = spec.model.gpus_per_engine / packed
         # No CPU for a GPU engine: two such actors on two cores would block every CPU stage for ever.
         resources = EngineResources(num_gpus=gpus, num_cpus=0)
     else:

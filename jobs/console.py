@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,18 +23,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from jobs.runner import Progress
+from pipelines.errors import OutputError
 
 
 def log_folder() -> Path:
-    """Where run logs go: `$DRAY_LOGS`, or `dray/logs` in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DRAY_LOGS") or Path(cache) / "dray" / "logs")
+    """Where run logs go: `$DRAY_LOGS`, or `dray/logs` in the user's cache folder, made if need be.
+
+    The temporary folder where there is no home that can be written, as in many containers.
+    """
+    chosen = os.environ.get("DRAY_LOGS")
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(chosen or Path(cache) / "dray" / "logs")
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        if chosen:
+            raise OutputError(f"DRAY_LOGS: {chosen} cannot be made or written") from None
+        return Path(tempfile.gettempdir())
+    return folder
 
 
 @contextlib.contextmanager
 def chatter_to(log: Path) -> Iterator[IO[str]]:
     """Send descriptors 1 and 2 and all logging to `log`; yields the real standard error, for Dray's own words."""
-    log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     saved = {fd: os.dup(fd) for fd in (1, 2)}

@@ -15,7 +15,7 @@ from typing import Literal
 from pipelines.contracts import InputFile, Shard, Span, shard_id
 from pipelines.errors import SpecError
 
-#: Most shards of one job: at some 30 ms of overhead each (facts: Ray Data), and one object each in `data/`.
+#: Most shards of one job: at some 30 ms of overhead each (ARCHITECTURE.md), and one object each in `data/`.
 MAX_SHARDS = 100_000
 #: `auto`: most rows and (estimated, unpacked) bytes of a shard, because its rows travel through memory as one piece.
 MAX_ROWS, MAX_BYTES = 50_000, 128 << 20

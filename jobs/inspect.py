@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 
 from jobs.books import SUCCESS, Books, check_rows, committed_shards, fold
 from jobs.ledger import read_runs
+from jobs.lock import held_by
 from jobs.output import read_spec
 from jobs.planning import Plan, load_plan
 from jobs.report import Report, make_report
@@ -40,8 +41,8 @@ def _report(storage: Storage, record: dict[str, Any], books: Books) -> Report:
         fingerprint=record["fingerprint"],
         books=books,
         runs=read_runs(storage),
-        succeeded=storage.exists(SUCCESS),
-        max_error_rate=record["spec"].get("errors", {}).get("max_error_rate", 0.01),
+        succeeded=storage.exists(SUCCESS) and books.complete,
+        max_error_rate=record["max_error_rate"],
     )
 
 
@@ -50,16 +51,16 @@ def status(storage: Storage) -> dict[str, Any]:
     record, plan = opened(storage)
     committed = committed_shards(storage, plan)
     runs = read_runs(storage)
-    lock = storage.read_versioned(".dray/lock.json")
+    holder = held_by(storage)
     return {
         "job": record["name"],
         "output": storage.url(),
-        "finished": storage.exists(SUCCESS),
+        "finished": storage.exists(SUCCESS) and len(committed) == len(plan.shards),
         "shards_planned": len(plan.shards),
         "shards_committed": len(committed),
         "rows_committed": sum(shard.rows or 0 for shard in plan.shards if shard.id in committed),
         "rows_planned": sum(shard.rows or 0 for shard in plan.shards),
-        "locked_by": json.loads(lock[0]) if lock else None,
+        "locked_by": asdict(holder) if holder else None,
         "runs": [
             {"run_id": run.run_id, "state": run.state, "started_at": run.started_at, "ended_at": run.ended_at}
             for run in runs

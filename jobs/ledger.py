@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import platform
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from jobs.lock import current_user
 from pipelines import __version__
 from pipelines.storage import Storage
 
@@ -40,7 +40,7 @@ class Ledger:
             "started",
             host=socket.gethostname(),
             pid=os.getpid(),
-            user=getpass.getuser(),
+            user=current_user(),
             python=platform.python_version(),
             dray_version=__version__,
             **fields,

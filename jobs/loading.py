@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from jobs.job_file import Key, Origin, Tree, parse_value, read_job_file, shown, tree_at, tree_of
 from jobs.mistakes import accepts, allows_null, describe, field_at
-from jobs.references import MASK, References, is_one_reference, masked, references_in
+from jobs.references import MASK, References, is_one_reference, is_secret_name, masked, references_in
 from jobs.spec import JobSpec
 from pipelines.errors import SpecError
 
@@ -187,7 +187,7 @@ def _filled(tree: Tree, references: References, name: str, problems: list[str]) 
         if isinstance(value, dict):
             return {part: walk(item, (*key, part)) for part, item in value.items()}
         try:
-            if value == MASK and key[1:2] == ("storage_options",):
+            if value == MASK and (key[1:2] == ("storage_options",) or is_secret_name(key[-1])):
                 raise SpecError("a secret that was not stored; give it as ${env:NAME}, or with an override")
             return _fill(value, key, references)
         except SpecError as error:

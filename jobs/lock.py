@@ -83,6 +83,12 @@ class Holder:
         return f"run {self.run_id} (pid {self.pid} on {self.host}, user {self.user}, since {since})"
 
 
+def held_by(storage: Storage) -> Holder | None:
+    """Who holds the lock of an output now; None for nobody, or a record that cannot be read."""
+    found = storage.read_versioned(LOCK_NAME)
+    return Holder.from_json(found[0]) if found else None
+
+
 class OutputLock:
     """The right to write one output, as a context manager; not reusable.
 
@@ -112,7 +118,7 @@ class OutputLock:
             machine=_machine(),
             pid=os.getpid(),
             pid_started=_process_started(os.getpid()),
-            user=_user(),
+            user=current_user(),
             token=uuid.uuid4().hex,
             since=time.time(),
             heartbeat_s=heartbeat_s,
@@ -258,7 +264,7 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def _user() -> str:
+def current_user() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user id without a passwd entry

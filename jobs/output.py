@@ -40,11 +40,12 @@ def check_claim(storage: Storage, fingerprint: str, identity: Mapping[str, Any])
     """Raise OutputError when the folder holds other data, or the output of a different spec."""
     record = read_spec(storage)
     if record is None:
-        foreign = [info.name for info in storage.list("data") if info.name != SUCCESS]
+        # All that a run writes, overwrites or clears away.
+        foreign = [info.name for folder in ("data", "errors", "stats") for info in storage.list(folder)]
+        foreign += [name for name in ("README.md",) if storage.exists(name)]
         if foreign:
             raise OutputError(
-                f"{storage.url('data')} already holds {len(foreign)} files that no Dray job wrote: "
-                "choose another output.path"
+                f"{storage.url()} already holds {foreign[0]}, which no Dray job wrote: choose another output.path"
             )
     elif record["fingerprint"] != fingerprint:
         changed = explain_difference(record["identity"], identity)
@@ -64,6 +65,7 @@ def claim(storage: Storage, job: LoadedJob, fingerprint: str, identity: Mapping[
         "dray_version": __version__,
         "created_at": time.time(),
         "name": job.spec.name,
+        "max_error_rate": job.spec.errors.max_error_rate,
         "fingerprint": fingerprint,
         "identity": identity,
         "spec": job.raw,

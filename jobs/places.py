@@ -11,7 +11,7 @@ _WRITTEN = (
     "data/part-000000-0123456789abcdef.parquet",
     "errors/part-000000-0123456789abcdef.parquet",
     "stats/shards.parquet",
-    ".dray/plan.arrow",
+    ".dray/plan/000000.arrow",
 )
 _MAGIC = re.compile(r"[*?\[]")
 #: Names of the same store.

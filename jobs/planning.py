@@ -60,11 +60,6 @@ class Plan:
         return self.segments[0].fingerprint
 
     @property
-    def format_version(self) -> int:
-        """The newest layout among the segments."""
-        return max(segment.format_version for segment in self.segments)
-
-    @property
     def input_schema(self) -> pa.Schema:
         """The input columns that are read, pinned by the first segment."""
         return self.segments[0].schema
@@ -73,6 +68,11 @@ class Plan:
     def shards(self) -> tuple[Shard, ...]:
         """The shards to do, by ordinal; superseded ones are not among them."""
         return tuple(self._folded[0].values())
+
+    @property
+    def new_segments(self) -> tuple[Segment, ...]:
+        """Segments that are not saved yet."""
+        return self.segments[self.saved :]
 
     @property
     def new_shards(self) -> tuple[Shard, ...]:

@@ -19,6 +19,7 @@ from pipelines.admission import Gate, admission_policy
 from pipelines.contracts import Shard, Work
 from pipelines.detokenize import Detokenizer
 from pipelines.engine import open_engine
+from pipelines.errors import InputError
 from pipelines.generate import Answering, Started
 from pipelines.listing import list_files
 from pipelines.prepare import Prepare
@@ -70,6 +71,8 @@ def _first_rows(prepare: Prepare, shards: Iterable[Shard], rows: int) -> Parcel:
         parcels.append(prepare.shard(Parcel(shard=shard)))
         if sum(len(parcel.prompts or ()) for parcel in parcels) >= rows:
             break
+    if not parcels:
+        raise InputError("the input has no rows")
     return Parcel(
         shard=parcels[0].shard,
         rows=pa.concat_tables([p.rows for p in parcels if isinstance(p.rows, pa.Table)]).slice(0, rows),

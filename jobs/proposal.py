@@ -19,7 +19,7 @@ from jobs.planning import Plan, extend, load_plan, new_plan, save_plan, summary
 from jobs.spec import JobSpec, check_against_schema, needed_columns
 from pipelines.code import code_digest, code_path, load_function, user_folders
 from pipelines.contracts import InputFile, Work
-from pipelines.errors import InputError, OutputError
+from pipelines.errors import InputError, OutputError, OutputLocked
 from pipelines.listing import list_files
 from pipelines.model_folder import check_model
 from pipelines.schema import conform_all, infer_schema
@@ -54,7 +54,18 @@ class Proposal:
         }
 
     def save(self) -> Plan:
-        """Make the output this job's and store what is new of the plan. Only under the output's lock."""
+        """Make the output this job's and store what is new of the plan. Only under the output's lock.
+
+        Raises OutputLocked when the plan was extended since it was proposed.
+        """
+        stored = load_plan(self.storage)
+        if (stored.saved if stored else 0) != self.plan.saved:
+            raise OutputLocked(
+                f"{self.storage.url()}: another run has extended this plan meanwhile; run again to build on it"
+            )
+        if self.plan.new_segments:
+            # A folder that is being extended is not a whole one.
+            self.storage.delete(SUCCESS)
         claim(self.storage, self.job, self.plan.fingerprint, self.identity)
         return save_plan(self.storage, self.plan)
 

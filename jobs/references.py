@@ -106,8 +106,9 @@ def masked(value: Any, name: str = "") -> Any:
         }
     if isinstance(value, list):
         return [masked(item, name) for item in value]
-    if isinstance(value, bool) or value is None:
-        return value
+    if isinstance(value, (bool, int, float)) or value is None:
+        # A number under a name with `token` counts tokens; under `password` it may be one.
+        return _reference_without_default(str(value)) if "password" in name.lower() else value
     if is_secret_name(name):
         return _reference_without_default(value)
     return _USER_IN_URL.sub(_masked_user, value) if isinstance(value, str) else value

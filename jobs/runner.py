@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -132,14 +133,14 @@ class _Run:
         if not pending and self.storage.exists(SUCCESS):
             self._tell("done", note=f"nothing to do: all {len(self.plan.shards):,} shards are committed")
             return self._report(fold(self.storage, self.plan), succeeded=True)
-        # A folder that is being extended is not a whole one.
         self.storage.delete(SUCCESS)
         if pending:
             self._tell("starting")
             with connected(self.job.spec.cluster):
                 resources = engine_resources(self.job.spec)
                 while pending:
-                    self._attempt(pending, resources)
+                    for together in self._groups(pending):
+                        self._attempt(together, resources)
                     pending = self._pending()
         return self._finish()
 
@@ -162,19 +163,30 @@ class _Run:
             )
         return pending
 
+    def _groups(self, pending: list[Shard]) -> list[list[Shard]]:
+        """What to run together: a shard whose engine died under it runs alone, and last, lest it take others along."""
+        suspects = [s for s in pending if s.id in self.failures and self.failures[s.id].kind == "EngineDied"]
+        others = [shard for shard in pending if shard not in suspects]
+        return [group for group in (others, *([shard] for shard in suspects)) if group]
+
     def _attempt(self, pending: list[Shard], resources: EngineResources) -> None:
         import ray.exceptions
 
-        self.attempts.update(shard.id for shard in pending)
+        before = self.done
+        heard: set[str] = set()
         try:
-            for outcome in stream(pending, self.work, resources):
+            for outcome in stream(pending, self.attempts, self.work, resources):
                 self.lock.check()
+                heard.add(outcome.shard_id)
                 self._take(outcome)
         except ray.exceptions.RayError as error:
             # The listing afterwards tells what is missing; Ray's own verdict on a shard is not trusted.
             log.warning("Ray ended the stream: %s", error)
             for shard in pending:
                 self.failures.setdefault(shard.id, Failure.of("generate", error))
+        if self.done == before:
+            # Without progress, silence counts as a failed attempt, or a stream that breaks would be tried for ever.
+            self.attempts.update(shard.id for shard in pending if shard.id not in heard)
 
     def _take(self, outcome: Outcome) -> None:
         if outcome.footer is not None:
@@ -186,8 +198,10 @@ class _Run:
             log.warning(
                 "shard %s: %s failed: %s\n%s", outcome.shard_id, failure.stage, failure.message, failure.trace
             )
-            if failure.scope == "job":
+            # One engine of a pool that works already may fail to start: a bad node is not the job's end.
+            if failure.scope == "job" and not (failure.kind == "EngineStartError" and self.stats.shards):
                 raise failure.to_error()
+            self.attempts[outcome.shard_id] += 1
             self.failures[outcome.shard_id] = failure
             self.retries += 1
         self._tell("running")
@@ -200,12 +214,12 @@ class _Run:
 
     def _finish(self) -> Report:
         self._tell("finishing")
+        self.lock.check()
         clear_superseded(self.storage, self.plan)
         books = fold(self.storage, self.plan)
-        if books.problems:
-            raise JobIncomplete(
-                f"the output's books do not agree: {books.problems[0]} (`dray verify` lists all)"
-            )
+        if not books.complete:
+            problem = books.problems[0] if books.problems else f"{books.missing[0].part_name} is gone"
+            raise JobIncomplete(f"the output's books do not agree: {problem} (`dray verify` lists all)")
         self.lock.check()
         clear_unreferenced_errors(self.storage, books)
         succeeded = books.totals.error_rate <= self.work.errors.max_error_rate
@@ -232,11 +246,12 @@ class _Run:
     def _over_budget(self, stats: ShardStats, total: int) -> ErrorBudgetSpent:
         common = sorted(stats.error_codes.items(), key=lambda item: -item[1])[:3]
         rate = stats.rows_failed / total
+        enough = math.ceil(rate * 1000) / 1000
         return ErrorBudgetSpent(
             f"{stats.rows_failed:,} of {total:,} rows failed ({rate:.2%}), errors.max_error_rate is "
             f"{self.work.errors.max_error_rate:.2%}: {', '.join(f'{code} {n:,}' for code, n in common)}. Committed rows "
             f"are kept in {self.storage.url('')}; see their error_message, then run again with "
-            f"errors.max_error_rate={rate:.2g} or more to accept them"
+            f"errors.max_error_rate={enough:g} or more to accept them"
         )
 
     def _tell(self, phase: str, note: str = "") -> None:

@@ -203,6 +203,11 @@ def _source_problems(spec: JobSpec) -> list[str]:
             compile_filter(spec.input.filter)
         except SpecError as error:
             problems.append(str(error))
+    gpus, packed = spec.model.gpus_per_engine, spec.pool.engines_per_gpu
+    if packed not in ("auto", 1) and gpus > 1:
+        problems.append(
+            f"pool.engines_per_gpu: {packed} engines on one GPU, but one engine takes {gpus} GPUs"
+        )
     return problems
 
 

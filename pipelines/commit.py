@@ -26,13 +26,16 @@ from pipelines.part import FOOTER_KEY, Footer, read_part, to_parquet
 from pipelines.result import build_result, count
 from pipelines.stage import Failure, Parcel
 from pipelines.storage import Storage
-from pipelines.tokenizer import load_tokenizer
+from pipelines.tokenizer import do_without_torch, load_tokenizer
 
 
 class Commit:
     """The last stage of the Ray graph: generations in, a part file and its footer out."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, *, own_process: bool = False) -> None:
+        """`own_process`: nothing else runs in this process, least of all an engine."""
+        if own_process:
+            do_without_torch(work.model)
         self.work = work
         self.storage = Storage(work.output.path, work.output.storage_options)
         # 3.5 s of CPU: now, while the engine starts, and not when the first shard comes.
@@ -100,6 +103,7 @@ class Commit:
         return Provenance(
             run_id=self.work.run_id,
             job=self.work.job,
+            attempt=parcel.notes["attempt"],
             replica=parcel.notes["replica"],
             node=socket.gethostname(),
             device=parcel.notes["device"],

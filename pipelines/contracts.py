@@ -295,6 +295,7 @@ class Provenance:
     run_id: str
     job: str
     attempt: int = 1
+    """1 for the first in this run."""
     replica: str = ""
     node: str = ""
     device: str = ""

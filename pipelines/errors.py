@@ -67,7 +67,8 @@ class RowError(DrayError):
     """
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
+        # Lone surrogates, which Arrow cannot hold, come from user code.
+        super().__init__(message.encode("utf-8", "replace").decode())
         self.code = code
 
 

@@ -19,9 +19,10 @@ from pipelines.admission import Gate, admission_policy
 from pipelines.code import check_code
 from pipelines.contracts import GENERATION_SCHEMA, Work
 from pipelines.engine import Answer, Engine, EngineInfo, open_engine
-from pipelines.errors import EngineDied, RowError
+from pipelines.errors import EngineDied, EngineStartError, RowError
 from pipelines.histogram import Histogram
 from pipelines.stage import Failure, Parcel
+from pipelines.tokenizer import do_without_torch
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Generate:
 
     def __init__(self, work: Work) -> None:
         self.work = work
+        if work.model.backend == "simulated":
+            do_without_torch(work.model)
         self._starter = ThreadPoolExecutor(1)
         self._start = self._starter.submit(self._open)
         self._arrivals = itertools.count()
@@ -62,6 +65,8 @@ class Generate:
             if isinstance(error, EngineDied) and start is self._start:
                 # The next shard gets a new engine; shards of the dead one fail and come back.
                 self._start = self._starter.submit(self._reopen, start.result().engine)
+            elif isinstance(error, EngineStartError) and start is self._start:
+                self._start = self._starter.submit(self._open)
             return parcel.failed(Failure.of("generate", error)).to_batch()
 
     def _open(self) -> Started:

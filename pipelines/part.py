@@ -71,7 +71,9 @@ def read_part(storage: Storage, name: str) -> Part:
     try:
         with storage.open_input(f"data/{name}") as file, pq.ParquetFile(file) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow.remove_metadata()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the store's; a damaged footer is an OSError without a number
         raise OutputError(f"{where} is damaged: {str(error).splitlines()[0]}") from error
     if FOOTER_KEY not in (metadata.metadata or {}):
         raise OutputError(f"{where} is no part of a Dray output; move it away")

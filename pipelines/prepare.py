@@ -13,13 +13,16 @@ from pipelines.contracts import Work
 from pipelines.prompt import PromptBuilder
 from pipelines.read import read_shard
 from pipelines.stage import Failure, Parcel
-from pipelines.tokenizer import load_tokenizer
+from pipelines.tokenizer import do_without_torch, load_tokenizer
 
 
 class Prepare:
     """The first stage of the Ray graph: a bare shard in, its rows and prompts out."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, *, own_process: bool = False) -> None:
+        """`own_process`: nothing else runs in this process, least of all an engine."""
+        if own_process:
+            do_without_torch(work.model)
         self.work = work
         with contextlib.suppress(Exception):
             _ = self.builder
@@ -48,6 +51,7 @@ class Prepare:
             # The last two are reading's error columns; by place, since the input may have columns of these names.
             rows=rows.table.select(range(rows.table.num_columns - 2)),
             prompts=prompts,
+            notes=parcel.notes,
         ).noting(
             rows_read=rows.rows_read,
             rows_filtered=rows.rows_filtered,

@@ -41,8 +41,9 @@ def build_result(parcel: Parcel, work: Work, detokenizer: Detokenizer) -> pa.Tab
         "error_code": generations["error_code"],
         "error_message": generations["error_message"],
         "run_id": pa.repeat(work.run_id, len(generations)),
-        "logprobs": generations["logprobs"],
     }
+    if work.sampling.logprobs is not None:  # else the name may be an input column's
+        columns["logprobs"] = generations["logprobs"]
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 

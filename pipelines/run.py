@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from pipelines.generate import Generate
 from pipelines.part import Footer
 from pipelines.prepare import Prepare
 from pipelines.settings import Replicas
-from pipelines.stage import Failure
+from pipelines.stage import Failure, Parcel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,20 +37,29 @@ class EngineResources:
     num_cpus: float
 
 
-def stream(shards: Sequence[Shard], work: Work, resources: EngineResources) -> Iterator[Outcome]:
+def stream(
+    shards: Sequence[Shard], attempts: Mapping[str, int], work: Work, resources: EngineResources
+) -> Iterator[Outcome]:
     """Run shards through prepare → generate → commit on the connected Ray cluster; outcomes as they come.
 
+    `attempts`: how often each shard (by id) was tried in vain before; stands in its part's provenance.
     The largest shards go first, so that the tail is short. A shard without an outcome is the caller's to notice.
     """
     _configure()
     largest_first = sorted(shards, key=lambda shard: (-(shard.rows or 0), -shard.bytes, shard.ordinal))
     # One row per block, or Ray packs rows together: several shards in one call, delivered at its end.
     dataset = ray.data.from_items(
-        [{"shard": shard.to_json()} for shard in largest_first], override_num_blocks=len(shards)
+        [Parcel.row(shard, attempt=attempts.get(shard.id, 0) + 1) for shard in largest_first],
+        override_num_blocks=len(shards),
     )
     each: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "fn_constructor_args": [work]}
+    beside: dict[str, Any] = {
+        **each,
+        "compute": _beside(work),
+        "fn_constructor_kwargs": {"own_process": True},
+    }
     outcomes = (
-        dataset.map_batches(Prepare, compute=_beside(work), num_cpus=PREPARE_CPUS, **each)
+        dataset.map_batches(Prepare, num_cpus=PREPARE_CPUS, **beside)
         .map_batches(
             Generate,
             compute=_engines(work),
@@ -58,7 +67,7 @@ def stream(shards: Sequence[Shard], work: Work, resources: EngineResources) -> I
             num_cpus=resources.num_cpus,
             **each,
         )
-        .map_batches(Commit, compute=_beside(work), num_cpus=COMMIT_CPUS, **each)
+        .map_batches(Commit, num_cpus=COMMIT_CPUS, **beside)
     )
     for row in outcomes.iter_rows():
         yield Outcome(
@@ -95,7 +104,7 @@ def _beside(work: Work) -> ray.data.ActorPoolStrategy:
 
 
 def _configure() -> None:
-    """Settings that must stand before the dataset is built; see facts in ARCHITECTURE.md."""
+    """Settings that must stand before the dataset is built; see ARCHITECTURE.md."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -130,7 +130,7 @@ class ModelSettings(Settings):
     """Which model answers, and the engine that hosts it."""
 
     source: Text
-    """A hub id, a local folder with `config.json`, or the URL of one in storage."""
+    """A hub id, or a local folder with `config.json`."""
     revision: Text | None = None
     """The hub revision; pin a commit for results that can be repeated."""
     tokenizer: Text | None = None
@@ -141,6 +141,11 @@ class ModelSettings(Settings):
     """vLLM's own EngineArgs, verbatim."""
     simulated: SimulatedSettings = SimulatedSettings()
     """Only for `backend: simulated`."""
+
+    @property
+    def gpus_per_engine(self) -> int:
+        """Tensor times pipeline parallel size."""
+        return self.tensor_parallel_size * int(self.engine.get("pipeline_parallel_size", 1))
 
     @property
     def tensor_parallel_size(self) -> int:

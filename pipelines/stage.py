@@ -60,6 +60,11 @@ class Parcel:
     """Counts and times for the shard's statistics, JSON values only."""
     failure: Failure | None = None
 
+    @staticmethod
+    def row(shard: Shard, **notes: Any) -> dict[str, str]:
+        """A bare shard as a row for the first stage."""
+        return {"shard": shard.to_json(), "notes": json.dumps(notes)}
+
     def failed(self, failure: Failure) -> Parcel:
         """The same shard without its rows: nothing downstream needs them."""
         return Parcel(shard=self.shard, notes=self.notes, failure=failure)

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 from pipelines.errors import ModelError
 from pipelines.settings import ModelSettings
 
 #: vLLM's own tokenizer classes (DeepSeek V3.2, Kimi audio …) live inside vLLM; these modes are transformers'.
 _TRANSFORMERS_MODES = ("auto", "hf", "slow")
+
+
+def do_without_torch(model: ModelSettings) -> None:
+    """Keep torch out of this process, which will load a tokenizer and never a model.
+
+    transformers imports torch where it finds it: 3.5 s of CPU and 404 MB instead of 1.1 s and 73 MB, for nothing that a
+    tokenizer needs. A None in `sys.modules` is how Python is told that a module is not there.
+    """
+    if not model.engine.get("trust_remote_code"):
+        sys.modules.setdefault("torch", cast("ModuleType", None))
 
 
 def load_tokenizer(model: ModelSettings) -> Any:

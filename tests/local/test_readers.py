@@ -75,11 +75,12 @@ def test_datasets_reads_the_right_files_from_the_root(output: Path) -> None:
     assert sum(stats["rows_ok"]) == 300
 
 
-def test_the_root_as_one_arrow_dataset_of_parts(output: Path) -> None:
-    """Hidden folders are passed over; what an Arrow user finds below data/ has one schema."""
+def test_the_parts_have_one_schema_and_the_root_shows_nothing_of_dray(output: Path) -> None:
     import pyarrow.dataset as ds
     import pyarrow.parquet as pq
 
+    shown = ds.dataset(output, format="parquet", exclude_invalid_files=True).files
+    assert {Path(file).relative_to(output).parts[0] for file in shown} == {"data", "stats"}
     parts = ds.dataset(output / "data").files
     assert len(parts) == 6
     assert len({pq.read_schema(part).remove_metadata() for part in parts}) == 1

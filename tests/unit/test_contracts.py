@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.contracts import PROMPT_SCHEMA, Shard, ShardStats, Span, pack, shard_id, unpack
+from pipelines.errors import RowError
 from pipelines.histogram import GROWTH, Histogram
 from pipelines.stage import Failure, Parcel
 
@@ -100,6 +101,11 @@ def test_a_parcel_survives_the_journey_between_stages() -> None:
     assert again.rows is None
     assert again.failure is not None
     assert (again.failure.kind, again.failure.scope) == ("ValueError", "shard")
+
+
+def test_a_row_error_can_always_be_written_down() -> None:
+    """User code may put anything into a message; Arrow holds no lone surrogates."""
+    assert pa.array([str(RowError("prompt_error", "bad \ud800 text"))]).to_pylist() == ["bad ? text"]
 
 
 def test_packing_keeps_an_empty_table() -> None:
