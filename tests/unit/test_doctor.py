@@ -425,7 +425,7 @@ def test_a_cluster_that_does_not_answer(tmp_path: Path) -> None:
 def test_pip_packages_inside_conda() -> None:
     assert conda_mixture("", "/opt/venv", {"torch": "pip"}) is None
     assert (
-        conda_mixture("/opt/conda", "/work/.venv", {"torch": "pip"}) is None
+        conda_mixture("/opt/conda", "/srv/app/.venv", {"torch": "pip"}) is None
     )  # a venv made while conda is active
     found = conda_mixture("/opt/conda", "/opt/conda", {"torch": "pip\n", "numpy": "conda"})
     assert found is not None
