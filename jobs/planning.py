@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from jobs.cutting import cut, cut_lazily
+from jobs.cutting import cut
 from jobs.segment import Segment, decode, encode
 from pipelines.contracts import FORMAT_VERSION, InputFile, Shard
 from pipelines.errors import InputError, OutputError, OutputLocked
@@ -27,7 +27,6 @@ __all__ = [
     "Segment",
     "Superseded",
     "cut",
-    "cut_lazily",
     "extend",
     "load_plan",
     "new_plan",

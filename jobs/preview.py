@@ -11,8 +11,8 @@ import pyarrow as pa
 from rich.console import Group, RenderableType
 from rich.markup import escape
 
+from jobs.cutting import cut_lazily
 from jobs.loading import LoadedJob
-from jobs.planning import cut_lazily
 from jobs.proposal import input_schema, work_of
 from jobs.spec import needed_columns
 from pipelines.admission import Gate, admission_policy

@@ -38,11 +38,6 @@ class Histogram:
     def count(self) -> int:
         return sum(self.counts.values())
 
-    @property
-    def mean(self) -> float | None:
-        """None when empty."""
-        return self.total / self.count if self.counts else None
-
     def quantile(self, q: float) -> float | None:
         """The value below which a share `q` of the values lies, to within 4.5 %; None when empty."""
         rank, seen = q * self.count, 0
