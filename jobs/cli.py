@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from rich.live import Live
 from rich.markup import escape
 
 from pipelines import __version__
-from pipelines.errors import DrayError, Interrupted, JobError
+from pipelines.errors import DrayError, Interrupted, JobError, OutputError
 
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -128,24 +127,24 @@ def run_job(target: str, overrides: tuple[str, ...], *, relist: bool, quiet: boo
     from jobs.ledger import new_run_id
     from jobs.report import render
     from jobs.runner import run as run_to_the_end
+    from jobs.stopping import StopRequest
     from jobs.target import job_of
 
     job = job_of(target, overrides)
-    signal.signal(signal.SIGTERM, _interrupt)
     run_id = new_run_id()
     log = log_folder() / f"{run_id}.log"
     try:
-        with chatter_to(log) as terminal, Display(terminal, quiet=quiet or as_json) as display:
-            report = run_to_the_end(job, run_id=run_id, observer=display, relist=relist)
+        with (
+            StopRequest().on_signals() as stop,
+            chatter_to(log) as terminal,
+            Display(terminal, quiet=quiet or as_json) as display,
+        ):
+            report = run_to_the_end(job, run_id=run_id, observer=display, relist=relist, stop=stop)
     except DrayError:
         if not quiet:
             stderr.print(f"log: {log}")
         raise
     show(report.to_dict(), render(report), as_json=as_json)
-
-
-def _interrupt(signum: int, frame: Any) -> NoReturn:
-    raise Interrupted(f"stopped by {signal.Signals(signum).name}")
 
 
 @command("run")
@@ -174,6 +173,21 @@ def status(target: str, as_json: bool) -> None:
 
     found = status_of(output_of(target))
     show(found, render_status(found), as_json=as_json)
+
+
+@command("cancel")
+@click.argument("target", metavar="JOB")
+def cancel(target: str, as_json: bool) -> None:
+    """Ask the run that writes this output to stop: shards in flight may finish, the rest waits for `dray resume`."""
+    from jobs.lock import cancel as cancel_run
+    from jobs.target import output_of
+
+    storage = output_of(target)
+    holder = cancel_run(storage)
+    if holder is None:
+        raise OutputError(f"{storage.url()}: no run writes this output now")
+    wait = f"it looks every {holder.heartbeat_s:g} s, and gives its shards errors.shutdown_grace_s to finish"
+    show({"run_id": holder.run_id, "host": holder.host, "pid": holder.pid}, f"asked {holder} to stop; {wait}", as_json=as_json)
 
 
 @command("report")

@@ -59,6 +59,8 @@ class Holder:
     """Unix time by the holder's clock; only shown."""
     heartbeat_s: float
     beat: int = 0
+    cancelled_by: str = ""
+    """Who asked the holder to stop (`dray cancel`); the holder finds it at its next heartbeat."""
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
@@ -68,7 +70,9 @@ class Holder:
         """None for what is no record of ours (empty, damaged, written by a future version)."""
         try:
             fields = json.loads(data)
-            return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
+            return cls(
+                **{"cancelled_by": "", **{n: fields[n] for n in cls.__dataclass_fields__ if n in fields}}
+            )
         except (ValueError, KeyError, TypeError):
             return None
 
@@ -87,6 +91,19 @@ def held_by(storage: Storage) -> Holder | None:
     """Who holds the lock of an output now; None for nobody, or a record that cannot be read."""
     found = storage.read_versioned(LOCK_NAME)
     return Holder.from_json(found[0]) if found else None
+
+
+def cancel(storage: Storage) -> Holder | None:
+    """Ask whoever holds the lock of an output to stop; None where nobody does. Does not wait for it."""
+    while True:
+        found = storage.read_versioned(LOCK_NAME)
+        holder = Holder.from_json(found[0]) if found else None
+        if found is None or holder is None or holder.is_dead():
+            return None
+        asked = replace(holder, cancelled_by=f"{current_user()} on {socket.gethostname()}")
+        if storage.replace(LOCK_NAME, asked.to_json(), found[1]):
+            return holder
+        time.sleep(0.05)  # it beat in between
 
 
 class OutputLock:
@@ -110,6 +127,8 @@ class OutputLock:
         self._stale_s = stale_s
         self._notify = notify or _log.warning
         self._taker: str = ""
+        self.cancelled_by = ""
+        """Who asked this run to stop, once somebody has."""
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
         self._mine = Holder(
@@ -212,7 +231,10 @@ class OutputLock:
         if holder is None or holder.token != self._mine.token:
             self._taker = str(holder) if holder else "somebody who overwrote it"
             self.lost.set()
-        elif self._storage.replace(LOCK_NAME, following.to_json(), version):
+            return
+        self.cancelled_by = holder.cancelled_by
+        following = replace(following, cancelled_by=holder.cancelled_by)
+        if self._storage.replace(LOCK_NAME, following.to_json(), version):
             self._mine = following
         # else it changed this very moment: the next beat tells by whom
 

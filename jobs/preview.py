@@ -16,11 +16,11 @@ from jobs.loading import LoadedJob
 from jobs.proposal import input_schema, work_of
 from jobs.spec import needed_columns
 from pipelines.admission import Gate, admission_policy
+from pipelines.answering import Answering, Started
 from pipelines.contracts import Shard, Work
 from pipelines.detokenize import Detokenizer
 from pipelines.engine import open_engine
 from pipelines.errors import InputError
-from pipelines.generate import Answering, Started
 from pipelines.listing import list_files
 from pipelines.prepare import Prepare
 from pipelines.result import build_result
@@ -86,7 +86,9 @@ async def _answer(parcel: Parcel, work: Work) -> Parcel:
         info = await engine.start()
         gate = Gate(admission_policy(work.pool.admission, info.max_num_seqs))
         started = Started(engine, info, gate)
-        return await Answering(work, started, itertools.count()).shard(parcel, priority=0)
+        answering = Answering(parcel, work, started, itertools.count(), priority=0)
+        await answering.run(answering.answerable)
+        return answering.parcel(attempt=1, engine_deaths=0)
     finally:
         await engine.stop()
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
+import queue
+import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from jobs.books import (
@@ -16,6 +18,7 @@ from jobs.books import (
     committed_shards,
     fold,
 )
+from jobs.budget import ErrorBudget
 from jobs.cluster import connected, engine_resources
 from jobs.ledger import Ledger, new_run_id, read_runs
 from jobs.loading import LoadedJob
@@ -24,10 +27,14 @@ from jobs.output import succeed, write_card, write_stats
 from jobs.planning import Plan
 from jobs.proposal import propose, work_of
 from jobs.report import Report, make_report
+from jobs.stopping import StopRequest
+from pipelines.attempts import clear_attempts
 from pipelines.contracts import Shard, ShardStats, Work
 from pipelines.errors import DrayError, ErrorBudgetSpent, Interrupted, JobIncomplete
+from pipelines.part import Footer
 from pipelines.run import EngineResources, Outcome, stream
 from pipelines.stage import Failure
+from pipelines.stop import StopFlag
 from pipelines.storage import Storage
 
 log = logging.getLogger("dray")
@@ -38,7 +45,7 @@ class Progress:
     """How far a run is; sent to the observer after each change."""
 
     phase: str
-    """`planning`, `waiting` (for the output's lock), `starting`, `running`, `finishing` or `done`."""
+    """`planning`, `waiting` (for the output's lock), `starting`, `running`, `stopping`, `finishing` or `done`."""
     shards_total: int = 0
     shards_done: int = 0
     """Committed shards, those of earlier runs included."""
@@ -62,6 +69,7 @@ def run(
     run_id: str | None = None,
     observer: Observer = lambda progress: None,
     relist: bool = True,
+    stop: StopRequest | None = None,
 ) -> Report:
     """Run a job to its end and return its report.
 
@@ -70,6 +78,7 @@ def run(
         run_id: names the run in the ledger and in its rows; a new one by default.
         observer: called with the progress, from this thread.
         relist: list the input again and extend the plan (`dray run`); False takes the plan as it is (`dray resume`).
+        stop: asks the run to stop with what it has; by default nothing does but KeyboardInterrupt.
 
     Raises:
         BadInput: nothing was started.
@@ -94,14 +103,14 @@ def run(
         state, message = "failed", ""
         try:
             work = work_of(job, plan.input_schema, fingerprint=plan.fingerprint, run_id=run_id)
-            driver = _Run(job, storage, plan, work, observer, lock)
+            driver = _Run(job, storage, plan, work, observer, lock, stop or StopRequest())
             report = driver.to_the_end()
             state = "succeeded"
             return report
-        except (KeyboardInterrupt, Interrupted):
-            state, message = "interrupted", "stopped by the user or the system"
+        except (KeyboardInterrupt, Interrupted) as error:
+            state, message = "interrupted", str(error) or "stopped by the user"
             raise Interrupted(
-                f"stopped; committed shards are kept in {storage.url('')}: run the same command again to take up the rest"
+                f"{message}; committed shards are kept in {storage.url('')}: run the same command again to take up the rest"
             ) from None
         except DrayError as error:
             message = str(error)
@@ -110,23 +119,40 @@ def run(
             ledger.append("ended", state=state, message=message)
 
 
+#: Seconds beyond `errors.shutdown_grace_s` for the last commits, before the driver stops waiting.
+COMMIT_S = 5.0
+#: Seconds between two looks at the lock and at requests to stop.
+TICK_S = 0.25
+
+
 class _Run:
-    """One driver's pass over one output, under its lock."""
+    """One driver's passes over one output, under its lock."""
 
     def __init__(
-        self, job: LoadedJob, storage: Storage, plan: Plan, work: Work, observer: Observer, lock: OutputLock
+        self,
+        job: LoadedJob,
+        storage: Storage,
+        plan: Plan,
+        work: Work,
+        observer: Observer,
+        lock: OutputLock,
+        stop: StopRequest,
     ) -> None:
-        self.job, self.storage, self.plan, self.work, self.lock = job, storage, plan, work, lock
-        self.observer = observer
+        self.job, self.storage, self.plan, self.work = job, storage, plan, work
+        self.observer, self.lock, self.stop = observer, lock, stop
         self.attempts: Counter[str] = Counter()
+        """Shard id → attempts in this run that failed."""
         self.failures: dict[str, Failure] = {}
         self.stats = ShardStats(shards=0)
         self.retries = 0
+        self.ending: DrayError | None = None
+        """Why this run ends before its work does, once it is known."""
         committed = committed_shards(storage, plan)
         self.done = len(committed)
         rows = [shard.rows for shard in plan.shards]
         self.rows_total = None if None in rows else sum(n for n in rows if n is not None)
         self.rows_before = sum(shard.rows or 0 for shard in plan.shards if shard.id in committed)
+        self.budget = ErrorBudget(work.errors, self.rows_total, storage.url())
 
     def to_the_end(self) -> Report:
         pending = self._pending()
@@ -138,10 +164,10 @@ class _Run:
             self._tell("starting")
             with connected(self.job.spec.cluster):
                 resources = engine_resources(self.job.spec)
+                pass_ = 0
                 while pending:
-                    for together in self._groups(pending):
-                        self._attempt(together, resources)
-                    pending = self._pending()
+                    self._pass(pending, resources, pass_)
+                    pending, pass_ = self._pending(), pass_ + 1
         return self._finish()
 
     def _pending(self) -> list[Shard]:
@@ -163,54 +189,115 @@ class _Run:
             )
         return pending
 
-    def _groups(self, pending: list[Shard]) -> list[list[Shard]]:
-        """What to run together: a shard whose engine died under it runs alone, and last, lest it take others along."""
-        suspects = [s for s in pending if s.id in self.failures and self.failures[s.id].kind == "EngineDied"]
-        others = [shard for shard in pending if shard not in suspects]
-        return [group for group in (others, *([shard] for shard in suspects)) if group]
+    # ── one pass ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _attempt(self, pending: list[Shard], resources: EngineResources) -> None:
+    def _pass(self, pending: list[Shard], resources: EngineResources, pass_: int) -> None:
+        """Stream the pending shards once. Raises what ends the run, after the shards in flight had their time."""
         import ray.exceptions
 
         before = self.done
         heard: set[str] = set()
+        flag = StopFlag()
         try:
-            for outcome in stream(pending, self.attempts, self.work, resources):
-                self.lock.check()
-                heard.add(outcome.shard_id)
-                self._take(outcome)
+            with self.stop.graceful():
+                for outcome in self._until_stopped(stream(pending, self.work, resources, flag, pass_), flag):
+                    heard.add(outcome.shard_id)
+                    self._take(outcome)
         except ray.exceptions.RayError as error:
             # The listing afterwards tells what is missing; Ray's own verdict on a shard is not trusted.
             log.warning("Ray ended the stream: %s", error)
             for shard in pending:
                 self.failures.setdefault(shard.id, Failure.of("generate", error))
+        if self.ending is not None:
+            raise self.ending
         if self.done == before:
             # Without progress, silence counts as a failed attempt, or a stream that breaks would be tried for ever.
             self.attempts.update(shard.id for shard in pending if shard.id not in heard)
 
+    def _until_stopped(self, outcomes: Iterator[Outcome], flag: StopFlag) -> Iterator[Outcome]:
+        """The outcomes, while this thread looks after the lock and heeds requests to stop.
+
+        When the run is to end, `flag` tells the stages, and what still comes within the grace time is taken.
+        """
+        arrived: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
+
+        def receive() -> None:
+            try:
+                for outcome in outcomes:
+                    arrived.put(outcome)
+                arrived.put(None)
+            except BaseException as error:  # noqa: BLE001 - raised again below, in the driver's thread
+                arrived.put(error)
+
+        receiver = threading.Thread(target=receive, name="dray-outcomes", daemon=True)
+        receiver.start()
+        deadline: float | None = None
+        try:
+            while deadline is None or time.monotonic() < deadline:
+                try:
+                    outcome = arrived.get(timeout=TICK_S)
+                except queue.Empty:
+                    outcome = None
+                    if not receiver.is_alive() and arrived.empty():
+                        return
+                else:
+                    if outcome is None:
+                        return
+                    if isinstance(outcome, BaseException):
+                        raise outcome
+                    yield outcome
+                self._look_around()
+                if self.ending is not None and deadline is None:
+                    grace_s = self.work.errors.shutdown_grace_s
+                    flag.set(grace_s)
+                    deadline = time.monotonic() + grace_s + COMMIT_S
+                    self._tell(
+                        "stopping", note=f"{self._why()}: shards in flight have {grace_s:g} s to finish"
+                    )
+        finally:
+            # Whoever leaves early must not leave a pass behind that goes on by itself, in a notebook's Ray.
+            flag.set(0.0)
+            receiver.join(0.0 if deadline is None else COMMIT_S)
+
+    def _look_around(self) -> None:
+        """Whether the run is to end: the lock lost, or somebody wants it to."""
+        self.lock.check()
+        if self.lock.cancelled_by:
+            self.stop.ask(f"cancelled by {self.lock.cancelled_by}")
+        if self.stop.reason and self.ending is None:
+            self.ending = Interrupted(self.stop.reason)
+
+    def _why(self) -> str:
+        return str(self.ending).splitlines()[0]
+
     def _take(self, outcome: Outcome) -> None:
         if outcome.footer is not None:
-            self.stats += outcome.footer.stats
-            self.done += 1
-            self._check_budget_early()
-        elif outcome.failure is not None:
+            self._take_footer(outcome.footer)
+        elif outcome.failure is not None and outcome.failure.kind != "Stopped":
             failure = outcome.failure
             log.warning(
                 "shard %s: %s failed: %s\n%s", outcome.shard_id, failure.stage, failure.message, failure.trace
             )
             # One engine of a pool that works already may fail to start: a bad node is not the job's end.
             if failure.scope == "job" and not (failure.kind == "EngineStartError" and self.stats.shards):
-                raise failure.to_error()
+                self.ending = self.ending or failure.to_error()
             self.attempts[outcome.shard_id] += 1
             self.failures[outcome.shard_id] = failure
             self.retries += 1
-        self._tell("running")
+        self._tell("running" if self.ending is None else "stopping")
 
-    def _check_budget_early(self) -> None:
-        """Stop as soon as the failed rows exceed what the whole job may have."""
-        total = self.rows_total
-        if total and self.stats.rows_failed > self.work.errors.max_error_rate * total:
-            raise self._over_budget(self.stats, total)
+    def _take_footer(self, footer: Footer) -> None:
+        self.stats += footer.stats
+        self.done += 1
+        if footer.stats.engine_deaths:
+            log.warning("%s: %d engines died under it", footer.shard.part_name, footer.stats.engine_deaths)
+            self.retries += footer.stats.engine_deaths
+        try:
+            self.budget.take(footer)
+        except ErrorBudgetSpent as error:
+            self.ending = self.ending or error
+
+    # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _finish(self) -> Report:
         self._tell("finishing")
@@ -222,12 +309,12 @@ class _Run:
             raise JobIncomplete(f"the output's books do not agree: {problem} (`dray verify` lists all)")
         self.lock.check()
         clear_unreferenced_errors(self.storage, books)
+        clear_attempts(self.storage)
         succeeded = books.totals.error_rate <= self.work.errors.max_error_rate
         write_stats(self.storage, books)
         report = self._report(books, succeeded=succeeded)
         write_card(self.storage, report)
-        if not succeeded:
-            raise self._over_budget(books.totals, books.totals.rows_in)
+        self.budget.check_total(books.totals, (part.footer for part in books.parts))
         succeed(self.storage, report)
         self._tell("done")
         return report
@@ -241,17 +328,6 @@ class _Run:
             runs=read_runs(self.storage),
             succeeded=succeeded,
             max_error_rate=self.work.errors.max_error_rate,
-        )
-
-    def _over_budget(self, stats: ShardStats, total: int) -> ErrorBudgetSpent:
-        common = sorted(stats.error_codes.items(), key=lambda item: -item[1])[:3]
-        rate = stats.rows_failed / total
-        enough = math.ceil(rate * 1000) / 1000
-        return ErrorBudgetSpent(
-            f"{stats.rows_failed:,} of {total:,} rows failed ({rate:.2%}), errors.max_error_rate is "
-            f"{self.work.errors.max_error_rate:.2%}: {', '.join(f'{code} {n:,}' for code, n in common)}. Committed rows "
-            f"are kept in {self.storage.url('')}; see their error_message, then run again with "
-            f"errors.max_error_rate={enough:g} or more to accept them"
         )
 
     def _tell(self, phase: str, note: str = "") -> None:

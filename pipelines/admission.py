@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -65,6 +66,8 @@ class Gate:
 
     policy: AdmissionPolicy
     in_flight: int = 0
+    busy_since: float = 0.0
+    """`time.monotonic()` at which the first of the requests now in flight entered an idle engine."""
     _room: int = 0
     _waiting: list[tuple[int, int, asyncio.Future[None]]] = field(default_factory=list)
     _arrivals: int = 0
@@ -91,6 +94,8 @@ class Gate:
         self._admit()
 
     def _take(self) -> None:
+        if not self.in_flight:
+            self.busy_since = time.monotonic()
         self.in_flight += 1
         self._room -= 1
 

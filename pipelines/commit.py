@@ -18,12 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import __version__
+from pipelines.attempts import Attempts
 from pipelines.code import check_code
 from pipelines.contracts import FORMAT_VERSION, Provenance, Work
 from pipelines.detokenize import Detokenizer
 from pipelines.errors import ShardError
 from pipelines.part import FOOTER_KEY, Footer, read_part, to_parquet
-from pipelines.result import build_result, count
+from pipelines.result import build_result, count, error_examples
 from pipelines.stage import Failure, Parcel
 from pipelines.storage import Storage
 from pipelines.tokenizer import do_without_torch, load_tokenizer
@@ -38,6 +39,7 @@ class Commit:
             do_without_torch(work.model)
         self.work = work
         self.storage = Storage(work.output.path, work.output.storage_options)
+        self.attempts = Attempts(self.storage, "commit", work.run_id)
         # 3.5 s of CPU: now, while the engine starts, and not when the first shard comes.
         with contextlib.suppress(Exception):
             _ = self.detokenizer
@@ -54,6 +56,7 @@ class Commit:
         footer, failure = None, parcel.failure
         if failure is None:
             try:
+                self._begin(parcel)
                 footer = self.shard(parcel)
             except Exception as error:  # noqa: BLE001 - classified by Failure.of
                 failure = Failure.of("commit", error)
@@ -68,10 +71,13 @@ class Commit:
     def shard(self, parcel: Parcel) -> Footer:
         """Build and put the part of one shard; the footer that stands afterwards, ours or an earlier one."""
         began = time.monotonic()
+        if parcel.notes.get("committed"):
+            return read_part(self.storage, parcel.shard.part_name).footer
         result = build_result(parcel, self.work, self.detokenizer)
         stats = count(parcel, result)
         if not stats.balanced:
             raise ShardError(f"the books of shard {parcel.shard.id} do not balance: {stats}")
+        examples = error_examples(result)
         errors_object = None
         if self.work.output.failed_rows == "separate":
             failed = pc.is_valid(result["error_code"])
@@ -83,12 +89,21 @@ class Commit:
             fingerprint=self.work.fingerprint,
             stats=replace(stats, commit_s=time.monotonic() - began),
             provenance=self._provenance(parcel),
+            error_examples=examples,
             errors_object=errors_object,
         )
         data = to_parquet(result, self.work.output.compression, {FOOTER_KEY: footer.to_json()})
         if self.storage.create(f"data/{parcel.shard.part_name}", data):
             return footer
         return read_part(self.storage, parcel.shard.part_name).footer
+
+    def _begin(self, parcel: Parcel) -> None:
+        """Record the attempt. Raises WorkerDied for a shard that has ended this process too often."""
+        shard, pass_ = parcel.shard, parcel.notes["pass"]
+        if not self.attempts.begin(shard.id, pass_):
+            history = self.attempts.history(shard.id, pass_)
+            history.check("commit", shard.part_name, most=self.work.errors.max_attempts)
+            self.attempts.another(shard.id, pass_, history.latest)
 
     def _put_errors(self, parcel: Parcel, failed: pa.Table) -> str | None:
         """Named anew by each attempt, so that the one which comes second cannot overwrite what the part refers to."""

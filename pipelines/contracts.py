@@ -238,6 +238,8 @@ class ShardStats:
     generate_s: float = 0.0
     commit_s: float = 0.0
     preemptions: int = 0
+    engine_deaths: int = 0
+    """Engines that died under the shard before it was answered; one death counts for each shard that it met."""
     error_codes: dict[str, int] = field(default_factory=dict)
     finish_reasons: dict[str, int] = field(default_factory=dict)
     latency_s: Histogram = field(default_factory=Histogram)

@@ -67,8 +67,15 @@ class Engine(Protocol):
         Raises RowError when the engine refuses this request, EngineDied when the engine is gone.
         """
 
+    @property
+    def last_token_at(self) -> float:
+        """`time.monotonic()` of the latest token of any request; of the start where there was none."""
+
     async def stop(self) -> None:
         """End the engine and every process it started. Safe to call twice, and before `start`."""
+
+    def kill(self) -> None:
+        """End every process of the engine at once, also of one that hangs or is half dead; blocks until they are gone."""
 
 
 def check_prompt(token_ids: Sequence[int], max_model_len: int) -> list[int]:

@@ -10,9 +10,12 @@
     ├── RowError            one row: recorded in its part as `error_code` and `error_message`, counted
     ├── ShardError          one shard: tried again up to `errors.max_attempts`
     │   ├── TransientStorageError   a store that did not answer in time, or answered 5xx, after our own retries
-    │   └── EngineDied              the engine under the shard's requests is gone
+    │   ├── EngineDied              the engine under the shard's requests is gone, or hangs
+    │   ├── WorkerDied              a stage's process died of this shard again and again
+    │   └── Stopped                 not run, or not finished: the run was asked to stop
     └── JobError            the whole job stops: exit code 1, committed work stays
         ├── EngineStartError        the engine cannot start
+        ├── EngineBroken            engine after engine dies of whatever it is given
         ├── ErrorBudgetSpent        more failed rows than `errors.max_error_rate` allows
         ├── JobIncomplete           planned shards without a part after all attempts
         ├── OutputLocked            another driver writes this output
@@ -82,6 +85,8 @@ ROW_ERROR_CODES: dict[str, str] = {
     "prompt_too_long": "the prompt leaves no room for an answer within max_model_len",
     "invalid_request": "the engine refused the request's parameters or tokens",
     "request_timeout": "no answer within errors.request_timeout_s",
+    "engine_crash": "the engine died each time it ran this row, also with nothing beside it",
+    "prompt_crash": "the process died each time it made this row's prompt, also with nothing beside it",
 }
 
 
@@ -94,7 +99,15 @@ class TransientStorageError(ShardError):
 
 
 class EngineDied(ShardError):
-    """The engine that answered this shard's requests is dead."""
+    """The engine that answered this shard's requests is dead, or has answered nothing for too long."""
+
+
+class WorkerDied(ShardError):
+    """The process of a stage died of this shard more often than `errors.max_attempts` allows."""
+
+
+class Stopped(ShardError):
+    """The run was asked to stop before this shard was done; it waits for the next one."""
 
 
 class JobError(DrayError):
@@ -103,6 +116,10 @@ class JobError(DrayError):
 
 class EngineStartError(JobError):
     """The engine cannot start: the model does not load, or its arguments do not fit the device."""
+
+
+class EngineBroken(JobError):
+    """Engine after engine died of the first rows it was given: not the rows' fault."""
 
 
 class ErrorBudgetSpent(JobError):

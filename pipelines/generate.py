@@ -1,190 +1,271 @@
-"""Answer a shard's prompts: one engine, several shards in flight, each request on its own."""
+"""The engine's actor: shards in, shards with generations out; one engine, several shards in flight.
+
+    a shard's first attempt                       beside the other shards
+    after a death of the engine under it          alone
+    after `errors.max_attempts` deaths            alone, in groups of 32 rows, then one by one: see `pipelines.attempts`
+
+An engine that dies, or hangs, takes its process with it: children are killed, the device's memory is free, and Ray
+starts a new one which gets the same shards.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import contextlib
 import itertools
+import logging
 import os
-import socket
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from contextlib import asynccontextmanager
+from typing import NoReturn
 
 import pyarrow as pa
+import ray
+import ray.exceptions
 
 from pipelines.admission import Gate, admission_policy
+from pipelines.answering import Answering, Started
+from pipelines.attempts import Attempt, Attempts, History, clear_attempts
 from pipelines.code import check_code
-from pipelines.contracts import GENERATION_SCHEMA, Work
-from pipelines.engine import Answer, Engine, EngineInfo, open_engine
-from pipelines.errors import EngineDied, EngineStartError, RowError
-from pipelines.histogram import Histogram
+from pipelines.contracts import Work
+from pipelines.engine import open_engine
+from pipelines.errors import EngineDied, EngineStartError, RowError, Stopped
 from pipelines.stage import Failure, Parcel
+from pipelines.stop import StopFlag
+from pipelines.storage import Storage
 from pipelines.tokenizer import do_without_torch
+from pipelines.turns import Turns
 
+_log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Started:
-    """An engine that is ready, and the gate before it."""
-
-    engine: Engine
-    info: EngineInfo
-    gate: Gate
+#: Tries of a replaced actor to start its engine, and seconds between them: a device's memory may not be free yet.
+RESTARTS = 3
+RESTART_PAUSE_S = 10.0
+#: The exit status of an actor whose engine died; Ray's logs show it.
+ENGINE_DIED_STATUS = 75
 
 
 class Generate:
-    """The engine actor of the Ray graph: shards in, shards with generations out.
+    """One actor of the pool.
 
     Ray Data calls it for several shards at once, all on one event loop. The engine starts with the actor, beside the
     first shard's reading; whoever comes first waits for it, and gets the error if it does not start.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, stop: StopFlag | None = None) -> None:
         self.work = work
         if work.model.backend == "simulated":
             do_without_torch(work.model)
+        self.storage = Storage(work.output.path, work.output.storage_options)
+        self.attempts = Attempts(self.storage, "generate", work.run_id)
+        self._stop = stop
+        self._stopping = False
+        self._turns = Turns()
+        self._arrivals = itertools.count()
+        self._request_numbers = itertools.count()
+        self._calls: dict[asyncio.Future[Parcel], str] = {}
+        """Shards that are here: their work, and their id."""
+        self._in_hand: dict[str, Attempt] = {}
+        """Shards that the engine has: id and latest record."""
+        self._ending = False
+        self._watchers: tuple[asyncio.Task[None], ...] = ()
         self._starter = ThreadPoolExecutor(1)
         self._start = self._starter.submit(self._open)
-        self._arrivals = itertools.count()
-        self._requests = itertools.count()
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         parcel = Parcel.from_batch(batch)
         if parcel.failure:
             return parcel.to_batch()
+        self._watch()
         start = self._start
+        call = asyncio.ensure_future(self._shard(parcel))
+        self._calls[call] = parcel.shard.id
         try:
-            started = await asyncio.wrap_future(start)
-            answered = await Answering(self.work, started, self._requests).shard(
-                parcel, priority=next(self._arrivals)
-            )
-            return await asyncio.to_thread(answered.to_batch)
+            if self._stopping:
+                call.cancel()
+            return await asyncio.to_thread((await call).to_batch)
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
+            failure = Failure.of("generate", Stopped("the run was stopped before this shard was done"))
         except Exception as error:  # noqa: BLE001 - classified by Failure.of
-            if isinstance(error, EngineDied) and start is self._start:
-                # The next shard gets a new engine; shards of the dead one fail and come back.
-                self._start = self._starter.submit(self._reopen, start.result().engine)
-            elif isinstance(error, EngineStartError) and start is self._start:
+            if isinstance(error, EngineDied):
+                await self._end(str(error))
+            if isinstance(error, EngineStartError) and start is self._start:
                 self._start = self._starter.submit(self._open)
-            return parcel.failed(Failure.of("generate", error)).to_batch()
+            failure = Failure.of("generate", error)
+        finally:
+            self._calls.pop(call, None)
+        return parcel.failed(failure).to_batch()
+
+    # ── one shard ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _shard(self, parcel: Parcel) -> Parcel:
+        """Every row answered or failed, however often it takes a new engine. Raises what is not one row's fault."""
+        started = await asyncio.shield(asyncio.wrap_future(self._start))
+        answering = Answering(parcel, self.work, started, self._request_numbers, next(self._arrivals))
+        shard, pass_ = parcel.shard.id, parcel.notes["pass"]
+        async with self._turns.shared():
+            await self._unless_ending()
+            first = await asyncio.to_thread(self.attempts.begin, shard, pass_)
+            if first is not None:
+                return await self._whole(parcel, answering, first, deaths=0)
+        history = await asyncio.to_thread(self.attempts.history, shard, pass_)
+        most = self.work.errors.max_attempts
+        history.check("generate", parcel.shard.part_name, most=2 * most)
+        if await asyncio.to_thread(self.storage.exists, f"data/{parcel.shard.part_name}"):
+            # Ray repeats finished work when it loses the result. The part stands.
+            return Parcel(shard=parcel.shard, notes=parcel.notes).noting(committed=True)
+        deaths = len(history.deaths)
+        async with self._turns.alone() if deaths else self._turns.shared():
+            await self._unless_ending()
+            if deaths >= most:
+                return await self._in_groups(parcel, answering, history)
+            attempt = await asyncio.to_thread(self.attempts.another, shard, pass_, history.latest)
+            return await self._whole(parcel, answering, attempt, deaths)
+
+    async def _whole(self, parcel: Parcel, answering: Answering, attempt: Attempt, deaths: int) -> Parcel:
+        async with self._holding(parcel.shard.id, attempt):
+            await answering.run(answering.answerable)
+        return await asyncio.to_thread(answering.parcel, attempt=attempt.number, engine_deaths=deaths)
+
+    async def _in_groups(self, parcel: Parcel, answering: Answering, history: History) -> Parcel:
+        """A suspect's rows, few at a time and written down before, so that a death tells whose it was."""
+        shard, number = parcel.shard.id, history.latest
+        ids = answering.row_ids
+        for row in answering.answerable:
+            if ids[row] in history.condemned:
+                answering.fail(row, RowError("engine_crash", history.reason(ids[row])))
+        answerable = [ids[row] for row in answering.answerable]
+        for places in history.groups(answerable):
+            rows = [answering.answerable[place] for place in places]
+            attempt = await asyncio.to_thread(
+                self.attempts.another, shard, history.pass_, number, [ids[row] for row in rows]
+            )
+            number = attempt.number
+            async with self._holding(shard, attempt):
+                await answering.run(rows)
+        return await asyncio.to_thread(answering.parcel, attempt=number, engine_deaths=len(history.deaths))
+
+    @asynccontextmanager
+    async def _holding(self, shard: str, attempt: Attempt) -> AsyncIterator[None]:
+        """While the engine has the shard. Where the engine dies it stays in hand: `_end` tells of it."""
+        self._in_hand[shard] = attempt
+        try:
+            yield
+        except EngineDied:
+            raise
+        except BaseException:
+            del self._in_hand[shard]
+            raise
+        del self._in_hand[shard]
+
+    # ── the engine's life ───────────────────────────────────────────────────────────────────────────────────────
 
     def _open(self) -> Started:
         """Blocks until the engine is ready. An engine takes the loop of its first request, not this one."""
         check_code(self.work.code_digest, self.work.code_path)
+        actor = _replaced_actor()
+        if actor is None:
+            return self._open_once()
+        # Lest a process that dies while its engine starts be replaced for ever.
+        starts = Attempts(self.storage, "start", self.work.run_id)
+        history = starts.history(actor, 0)
+        history.check("start", f"actor {actor}", most=2 * RESTARTS)
+        starts.another(actor, 0, history.latest)
+        for again in reversed(range(RESTARTS)):
+            try:
+                started = self._open_once()
+                clear_attempts(self.storage, actor)
+                return started
+            except EngineStartError as error:
+                if not again:
+                    raise
+                _log.warning("the engine of a replaced actor does not start, trying again: %s", error)
+                time.sleep(RESTART_PAUSE_S)
+        raise AssertionError("unreachable")
+
+    def _open_once(self) -> Started:
         engine = open_engine(self.work.model, self.work.sampling, self.work.pool)
         info = asyncio.run(engine.start())
         return Started(engine, info, Gate(admission_policy(self.work.pool.admission, info.max_num_seqs)))
 
-    def _reopen(self, dead: Engine) -> Started:
-        asyncio.run(dead.stop())
-        return self._open()
+    async def _end(self, reason: str) -> NoReturn:
+        """The engine is dead: say so in the records of all shards that it had, and end this process."""
+        if not self._ending:
+            self._ending = True
+            _log.error(
+                "the engine died under %d shards, which are tried again: %s", len(self._in_hand), reason
+            )
+            for shard, attempt in list(self._in_hand.items()):
+                with contextlib.suppress(Exception):  # then it counts as vanished
+                    await asyncio.to_thread(self.attempts.died, shard, attempt, reason)
+            await asyncio.to_thread(self._start.result().engine.kill)
+            self.leave()
+        await self._unless_ending()
+        raise AssertionError("unreachable")
 
+    async def _unless_ending(self) -> None:
+        """Wait for the end of a process that is ending: what it began now would count as a death of its own."""
+        if self._ending:
+            await asyncio.Event().wait()
 
-class Answering:
-    """One shard's requests on a started engine."""
+    def leave(self) -> NoReturn:
+        """End this process; Ray starts another one in its place."""
+        os._exit(ENGINE_DIED_STATUS)
 
-    def __init__(self, work: Work, started: Started, requests: itertools.count[int]) -> None:
-        self.work, self.requests = work, requests
-        self.engine, self.info, self.gate = started.engine, started.info, started.gate
+    # ── watchers ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def shard(self, parcel: Parcel, priority: int) -> Parcel:
-        """Answer every prompt that has tokens. Raises what is not one row's fault, after aborting the rest."""
-        assert parcel.prompts is not None
-        prompts = parcel.prompts
-        results: list[Answer | RowError | None] = [None] * len(prompts)
-        latencies: list[float] = []
-        first_admitted: float | None = None
-        row_ids, token_ids = prompts["row_id"], prompts["token_ids"].combine_chunks()
+    def _watch(self) -> None:
+        """Begin to watch, in the loop of the first call."""
+        if not self._watchers:
+            self._watchers = (
+                asyncio.create_task(self._heed_stop()),
+                asyncio.create_task(self._heed_stall()),
+            )
 
-        async def answer(row: int) -> None:
-            began = time.monotonic()
-            try:
-                results[row] = await self._answer(token_ids[row].values.to_pylist(), row_ids[row].as_py())
-                latencies.append(time.monotonic() - began)
-            except RowError as error:
-                results[row] = error
+    async def _heed_stall(self) -> None:
+        """End an engine that gives no token to any of its requests for `errors.engine_stall_s`."""
+        limit = self.work.errors.engine_stall_s
+        tick, awake_since = min(limit / 4, 5.0), time.monotonic()
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(tick)
+            now = time.monotonic()
+            if now - before > 2 * tick:  # it was this process that stood still
+                awake_since = now
+            if not self._start.done() or self._start.exception():
+                continue
+            started = self._start.result()
+            gate = started.gate
+            quiet = now - max(started.engine.last_token_at, gate.busy_since, awake_since)
+            if gate.in_flight and quiet > limit:
+                await self._end(f"no token from any of {gate.in_flight} requests for {quiet:.0f} s")
 
-        began = time.monotonic()
+    async def _heed_stop(self) -> None:
+        """Once the run is asked to stop: decline new shards, give those in hand their time, then give them up."""
+        if self._stop is None:
+            return
         try:
-            async with asyncio.TaskGroup() as group:
-                for row, answerable in enumerate(token_ids.is_valid().to_pylist()):
-                    if answerable:
-                        await self.gate.enter(priority)
-                        first_admitted = first_admitted or time.monotonic()
-                        # A callback, not a `finally`: a task that is cancelled before its first step never runs one.
-                        group.create_task(answer(row)).add_done_callback(lambda _: self.gate.leave())
-        except* Exception as errors:  # noqa: BLE001 - re-raised as one
-            # One cause is enough to fail the shard; an engine's death explains all the others.
-            causes = list(_leaves(errors))
-            raise next((e for e in causes if isinstance(e, EngineDied)), causes[0]) from None
-        ended = time.monotonic()
-        answers = [result for result in results if isinstance(result, Answer)]
-        generations = await asyncio.to_thread(_generation_table, prompts, results)
-        first = first_admitted or ended
-        return Parcel(
-            shard=parcel.shard, rows=parcel.rows, prompts=prompts, generations=generations, notes=parcel.notes
-        ).noting(
-            queue_s=max(0.0, first - began),
-            generate_s=ended - first,
-            latency_s=Histogram.of(latencies).to_dict(),
-            ttft_s=Histogram.of(a.ttft_s for a in answers if a.ttft_s is not None).to_dict(),
-            preemptions=sum(a.preemptions for a in answers),
-            replica=f"{socket.gethostname()}:{os.getpid()}",
-            engine=self.info.name,
-            device=self.info.device,
-            engine_start_s=self.info.start_s,
-            engine_ready_at=self.info.ready_at,
-        )
-
-    async def _answer(self, token_ids: Sequence[int], row_id: str) -> Answer:
-        seed = None if self.work.sampling.seed is None else row_seed(self.work.sampling.seed, row_id)
-        request_id = f"{self.work.run_id}-{next(self.requests)}"
-        limit = self.work.errors.request_timeout_s
-        try:
-            async with asyncio.timeout(limit):
-                return await self.engine.generate(request_id, token_ids, seed)
-        except TimeoutError:
-            raise RowError("request_timeout", f"no answer within {limit:g} s") from None
+            grace_s = await self._stop.wait()
+        except ray.exceptions.RayError:
+            return  # the driver's node is gone, and this actor with it
+        self._stopping = True
+        for call, shard in list(self._calls.items()):
+            if shard not in self._in_hand:
+                call.cancel()
+        await asyncio.sleep(grace_s)
+        for call in list(self._calls):
+            call.cancel()
 
 
-def row_seed(seed: int, row_id: str) -> int:
-    """The sampling seed of one row: 63 bits, from the job's seed and the row's identity only."""
-    digest = hashlib.blake2b(f"{seed}\0{row_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def _leaves(group: BaseExceptionGroup[Any]) -> Any:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
-
-
-def _generation_table(prompts: pa.Table, results: Sequence[Answer | RowError | None]) -> pa.Table:
-    """`GENERATION_SCHEMA`: one row per sample, or one row with the error of a prompt that got none."""
-    columns: dict[str, list[Any]] = {name: [] for name in GENERATION_SCHEMA.names}
-
-    def add(**values: Any) -> None:
-        for name, column in columns.items():
-            column.append(values.get(name))
-
-    codes, messages = prompts["error_code"].to_pylist(), prompts["error_message"].to_pylist()
-    for row, result in enumerate(results):
-        if isinstance(result, Answer):
-            for index, sample in enumerate(result.samples):
-                add(
-                    row=row,
-                    sample_index=index,
-                    token_ids=sample.token_ids,
-                    text=sample.text,
-                    finish_reason=sample.finish_reason,
-                    cached_tokens=result.cached_tokens,
-                    logprobs=sample.logprobs,
-                )
-        elif isinstance(result, RowError):
-            add(row=row, sample_index=0, error_code=result.code, error_message=str(result))
-        else:
-            add(row=row, sample_index=0, error_code=codes[row], error_message=messages[row])
-    return pa.table(columns, schema=GENERATION_SCHEMA)
+def _replaced_actor() -> str | None:
+    """The id of this actor if an earlier process of it died; None in its first life, and outside of Ray."""
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    if not context.get_actor_id() or not context.was_current_actor_reconstructed:
+        return None
+    return str(context.get_actor_id())

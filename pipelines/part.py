@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +28,8 @@ class Footer:
     fingerprint: str
     stats: ShardStats
     provenance: Provenance
+    error_examples: dict[str, dict[str, str]] = field(default_factory=dict)
+    """For each error code the `row_id` and `error_message` of the first row that has it."""
     errors_object: str | None = None
     """Where the failed rows are, with `output.failed_rows: separate`."""
 

@@ -8,22 +8,29 @@ from functools import cached_property
 
 import pyarrow as pa
 
+from pipelines.attempts import Attempts, History
 from pipelines.code import check_code
-from pipelines.contracts import Work
+from pipelines.contracts import PROMPT_SCHEMA, Work
+from pipelines.errors import Stopped
 from pipelines.prompt import PromptBuilder
 from pipelines.read import read_shard
 from pipelines.stage import Failure, Parcel
+from pipelines.stop import StopFlag
+from pipelines.storage import Storage
 from pipelines.tokenizer import do_without_torch, load_tokenizer
 
 
 class Prepare:
     """The first stage of the Ray graph: a bare shard in, its rows and prompts out."""
 
-    def __init__(self, work: Work, *, own_process: bool = False) -> None:
+    def __init__(self, work: Work, stop: StopFlag | None = None, *, own_process: bool = False) -> None:
         """`own_process`: nothing else runs in this process, least of all an engine."""
         if own_process:
             do_without_torch(work.model)
         self.work = work
+        storage = Storage(work.output.path, work.output.storage_options)
+        self.attempts = Attempts(storage, "prepare", work.run_id)
+        self._stop = stop
         with contextlib.suppress(Exception):
             _ = self.builder
 
@@ -36,16 +43,20 @@ class Prepare:
     def __call__(self, batch: pa.Table) -> pa.Table:
         parcel = Parcel.from_batch(batch)
         try:
-            return self.shard(parcel).to_batch()
+            if self._stop is not None and self._stop.is_set():
+                raise Stopped("the run was stopped before this shard was begun")
+            return self.shard(parcel, self._begin(parcel)).to_batch()
         except Exception as error:  # noqa: BLE001 - classified by Failure.of
             return parcel.failed(Failure.of("prepare", error)).to_batch()
 
-    def shard(self, parcel: Parcel) -> Parcel:
-        """Read, filter, render and tokenise one shard."""
+    def shard(self, parcel: Parcel, history: History | None = None) -> Parcel:
+        """Read, filter, render and tokenise one shard; a few rows at a time where its `history` is bad."""
         builder = self.builder
         started_at, began = time.time(), time.monotonic()
         rows = read_shard(parcel.shard, self.work.input, self.work.input_schema)
-        prompts = builder.build(rows.table)
+        prompts = (
+            builder.build(rows.table) if history is None else self._in_groups(rows.table, history, parcel)
+        )
         return Parcel(
             shard=parcel.shard,
             # The last two are reading's error columns; by place, since the input may have columns of these names.
@@ -57,4 +68,34 @@ class Prepare:
             rows_filtered=rows.rows_filtered,
             started_at=started_at,
             prepare_s=time.monotonic() - began,
+        )
+
+    def _begin(self, parcel: Parcel) -> History | None:
+        """Record the attempt; the history where this shard has ended the process `errors.max_attempts` times."""
+        shard, pass_ = parcel.shard, parcel.notes["pass"]
+        if self.attempts.begin(shard.id, pass_):
+            return None
+        history = self.attempts.history(shard.id, pass_)
+        most = self.work.errors.max_attempts
+        history.check("prepare", shard.part_name, most=2 * most)
+        self.attempts.another(shard.id, pass_, history.latest)
+        return history if len(history.deaths) >= most else None
+
+    def _in_groups(self, rows: pa.Table, history: History, parcel: Parcel) -> pa.Table:
+        """Prompts, a few rows at a time and written down before: user code may end the process (see `attempts`)."""
+        ids = rows["row_id"].to_pylist()
+        number = history.latest + 1
+        built: dict[int, pa.Table] = {}
+        for places in history.groups(ids):
+            number = self.attempts.another(
+                parcel.shard.id, history.pass_, number, [ids[place] for place in places]
+            ).number
+            prompts = self.builder.build(rows.take(places))
+            built |= {place: prompts.slice(i, 1) for i, place in enumerate(places)}
+        for place, row in enumerate(ids):
+            if place not in built:
+                error = {"row_id": row, "error_code": "prompt_crash", "error_message": history.reason(row)}
+                built[place] = pa.Table.from_pylist([error], PROMPT_SCHEMA)
+        return (
+            pa.concat_tables([built[place] for place in range(len(ids))]) if ids else self.builder.build(rows)
         )

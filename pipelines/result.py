@@ -80,8 +80,19 @@ def count(parcel: Parcel, result: pa.Table) -> ShardStats:
         queue_s=notes["queue_s"],
         generate_s=notes["generate_s"],
         preemptions=notes["preemptions"],
+        engine_deaths=notes["engine_deaths"],
         error_codes=dict(Counter(failed["error_code"].to_pylist())),
         finish_reasons=dict(Counter(ok["finish_reason"].to_pylist())),
         latency_s=Histogram.from_dict(notes["latency_s"]),
         ttft_s=Histogram.from_dict(notes["ttft_s"]),
     )
+
+
+def error_examples(result: pa.Table) -> dict[str, dict[str, str]]:
+    """For each error code the first row that has it: `row_id` and `error_message`."""
+    failed = result.filter(pc.is_valid(result["error_code"]))
+    examples: dict[str, dict[str, str]] = {}
+    for code in failed["error_code"].unique().to_pylist():
+        row = failed.slice(pc.index(failed["error_code"], code).as_py(), 1).to_pylist()[0]
+        examples[code] = {"row_id": row["row_id"], "error_message": row["error_message"]}
+    return examples

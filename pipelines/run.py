@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipelines.part import Footer
 from pipelines.prepare import Prepare
 from pipelines.settings import Replicas
 from pipelines.stage import Failure, Parcel
+from pipelines.stop import StopFlag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,36 +39,38 @@ class EngineResources:
 
 
 def stream(
-    shards: Sequence[Shard], attempts: Mapping[str, int], work: Work, resources: EngineResources
+    shards: Sequence[Shard], work: Work, resources: EngineResources, stop: StopFlag, pass_: int
 ) -> Iterator[Outcome]:
     """Run shards through prepare → generate → commit on the connected Ray cluster; outcomes as they come.
 
-    `attempts`: how often each shard (by id) was tried in vain before; stands in its part's provenance.
-    The largest shards go first, so that the tail is short. A shard without an outcome is the caller's to notice.
+    `pass_`: how often this run has called here before; within one pass only Ray repeats a shard (`attempts`). Once
+    `stop` is set, shards come back with the failure `Stopped`. The largest shards go first, so that the tail is short.
+    A shard without an outcome is the caller's to notice.
     """
     _configure()
     largest_first = sorted(shards, key=lambda shard: (-(shard.rows or 0), -shard.bytes, shard.ordinal))
     # One row per block, or Ray packs rows together: several shards in one call, delivered at its end.
     dataset = ray.data.from_items(
-        [Parcel.row(shard, attempt=attempts.get(shard.id, 0) + 1) for shard in largest_first],
+        [Parcel.row(shard, **{"pass": pass_}) for shard in largest_first],
         override_num_blocks=len(shards),
     )
-    each: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "fn_constructor_args": [work]}
+    each: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
     beside: dict[str, Any] = {
         **each,
         "compute": _beside(work),
         "fn_constructor_kwargs": {"own_process": True},
     }
     outcomes = (
-        dataset.map_batches(Prepare, num_cpus=PREPARE_CPUS, **beside)
+        dataset.map_batches(Prepare, num_cpus=PREPARE_CPUS, fn_constructor_args=[work, stop], **beside)
         .map_batches(
             Generate,
             compute=_engines(work),
             num_gpus=resources.num_gpus or None,
             num_cpus=resources.num_cpus,
+            fn_constructor_args=[work, stop],
             **each,
         )
-        .map_batches(Commit, num_cpus=COMMIT_CPUS, **beside)
+        .map_batches(Commit, num_cpus=COMMIT_CPUS, fn_constructor_args=[work], **beside)
     )
     for row in outcomes.iter_rows():
         yield Outcome(

@@ -118,6 +118,10 @@ class SimulatedSettings(Settings):
     """Fewest tokens of an answer; how many it has is chosen by the prompt's hash."""
     max_tokens: PositiveInt = 32
     """Most tokens of an answer."""
+    dies_of: Annotated[int, Field(ge=0)] | None = None
+    """The engine dies of every prompt that holds this token id; to try out what happens then."""
+    stalls_of: Annotated[int, Field(ge=0)] | None = None
+    """From a prompt with this token id on, the engine answers nothing any more, until it is replaced."""
 
     @model_validator(mode="after")
     def _ordered(self) -> SimulatedSettings:
@@ -279,8 +283,17 @@ class ErrorSettings(Settings):
     """What may fail, and how often."""
 
     max_error_rate: Rate = 0.01
-    """Share of failed rows above which the job is not a success."""
+    """Share of failed rows above which the job is not a success, in the end and over the window."""
+    window_rows: PositiveInt | None = 10_000
+    """The latest rows, over which `max_error_rate` holds as well, so that a job which begins to fail stops early;
+    null: only the total counts."""
+    window_min_failed: PositiveInt = 100
+    """Failed rows below which the window never stops a job."""
     max_attempts: PositiveInt = 3
-    """Attempts of one shard."""
+    """Attempts of one shard in one run; and engine deaths after which a shard's rows are looked at in small groups."""
     request_timeout_s: PositiveFloat = 600.0
-    """Seconds from admission to the answer of one request."""
+    """Seconds from admission to the answer of one request; a request that takes longer is that row's error."""
+    engine_stall_s: PositiveFloat = 300.0
+    """Seconds without a token from any request after which an engine counts as dead and is replaced."""
+    shutdown_grace_s: Annotated[float, Field(ge=0)] = 20.0
+    """Seconds that shards in flight get to finish when a run is stopped (Ctrl-C, SIGTERM, `dray cancel`)."""

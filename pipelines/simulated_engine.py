@@ -38,6 +38,7 @@ class SimulatedEngine:
         self._settings = model.simulated
         self._max_model_len = int(model.engine.get("max_model_len") or 4096)
         self._ready = False
+        self._last_token_at = 0.0
         self._clock: _SharedClock | None = None
         self._ids: npt.NDArray[np.int64] = np.empty(0, np.int64)
         self._vocab_size = 0
@@ -56,6 +57,7 @@ class SimulatedEngine:
         self._stop_id = tokenizer.eos_token_id if not stop_ids else stop_ids[0]
         await asyncio.sleep(max(0.0, self._settings.start_s - (loop.time() - began)))
         self._ready = True
+        self._last_token_at = time.monotonic()
         return EngineInfo(
             name="simulated",
             device="cpu",
@@ -73,10 +75,24 @@ class SimulatedEngine:
         prompt = check_prompt(token_ids, self._max_model_len)
         if max(prompt) >= self._vocab_size:
             raise RowError("invalid_request", f"Token id {max(prompt)} is out of vocabulary")
+        if self._settings.dies_of in prompt:
+            await self.stop()
+            raise EngineDied("the simulated engine died of a prompt that holds `dies_of`")
+        if self._settings.stalls_of in prompt:
+            self._clock.stall()
         samples = [self._sample(prompt, seed, index) for index in range(self._sampling.n)]
         tokens = sum(len(sample.token_ids) for sample in samples)
         elapsed_s = await self._clock.spend(tokens)
         return Answer(samples=samples, cached_tokens=0, ttft_s=elapsed_s * len(samples) / tokens)
+
+    @property
+    def last_token_at(self) -> float:
+        if self._clock is not None and not self._clock.stalled:
+            self._last_token_at = time.monotonic()  # tokens flow all the time
+        return self._last_token_at
+
+    def kill(self) -> None:
+        self._ready = False
 
     async def stop(self) -> None:
         self._ready = False
@@ -164,6 +180,17 @@ class _SharedClock:
                 self._set_timer()
             raise
         return self._loop.time() - began
+
+    @property
+    def stalled(self) -> bool:
+        return self._stopped
+
+    def stall(self) -> None:
+        """Serve nothing any more."""
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def stop(self) -> None:
         self._stopped = True

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from pipelines import vllm_log
 from pipelines.engine import Answer, EngineInfo, Sample, check_prompt
@@ -17,6 +20,9 @@ from pipelines.engine_args import check_engine_args
 from pipelines.errors import EngineDied, EngineStartError, RowError, ShardError
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
 from pipelines.vllm_defaults import cpu_defaults, gpu_defaults, one_start_at_a_time, set_quiet_environment
+
+#: Seconds for killed processes to go: a GPU's memory is given back in that time.
+KILL_S = 20.0
 
 
 class VLLMEngine:
@@ -37,6 +43,8 @@ class VLLMEngine:
         self._refusals: tuple[type[Exception], ...] = ()
         self._max_model_len = 0
         self._in_flight: set[str] = set()
+        self._family: list[psutil.Process] = []
+        self._last_token_at = 0.0
         self._log: Path | None = None
         self._log_offset = 0
 
@@ -99,6 +107,10 @@ class VLLMEngine:
             self._in_flight.discard(request_id)
         return self._answer(output, began)
 
+    @property
+    def last_token_at(self) -> float:
+        return self._last_token_at
+
     async def stop(self) -> None:
         """End EngineCore and its workers, also after a cancelled start; requests still in flight get EngineDied."""
         building, self._building = self._building, None
@@ -115,6 +127,13 @@ class VLLMEngine:
         last_reference = [llm]
         del llm
         await asyncio.to_thread(_shut_down, last_reference)
+
+    def kill(self) -> None:
+        """SIGKILL for EngineCore and its workers: a tensor-parallel worker may outlive an EngineCore that was killed."""
+        for process in self._family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self._family, timeout=KILL_S)
 
     def _answer(self, output: Any, began: float) -> Answer:
         samples = []
@@ -180,10 +199,15 @@ class VLLMEngine:
             # max_num_batched_tokens 4,096 on a CPU and 16,384 on an H200, where AsyncLLM alone would take 2,048.
             # Not a local of this thread's frames: tracebacks of failed optional imports would keep it alive.
             self._llm = AsyncLLM.from_engine_args(
-                args, usage_context=UsageContext.LLM_CLASS, stat_loggers=[_silent_stats()]
+                args, usage_context=UsageContext.LLM_CLASS, stat_loggers=[_token_watch(self._note_token)]
             )
+        self._family = psutil.Process().children(recursive=True)
+        self._last_token_at = time.monotonic()
         if not _is_fast(self._llm.tokenizer):
             self._params.detokenize = True
+
+    def _note_token(self) -> None:
+        self._last_token_at = time.monotonic()
 
     # ── Reasons ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -242,16 +266,18 @@ def _shut_down(last_reference: list[Any]) -> None:
     gc.collect()
 
 
-def _silent_stats() -> Any:
-    """A stat logger that does nothing, in the place of vLLM's Prometheus one: metrics per request without its cost."""
+def _token_watch(note_token: Callable[[], None]) -> Any:
+    """A stat logger that only notes tokens, in the place of vLLM's Prometheus one: metrics per request without its cost."""
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-    class SilentStats(PrometheusStatLogger):  # type: ignore[misc]  # vLLM adds its own unless it finds this class
+    class TokenWatch(PrometheusStatLogger):  # type: ignore[misc]  # vLLM adds its own unless it finds this class
         def __init__(self, vllm_config: Any, engine_indexes: Any = None) -> None:
             pass
 
-        def record(self, *args: Any, **kwargs: Any) -> None:
-            pass
+        def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
+            # Called for each step's outputs, also with FINAL_ONLY, where a request's tokens are seen only at its end.
+            if iteration_stats is not None and iteration_stats.num_generation_tokens:
+                note_token()
 
         def log(self) -> None:
             pass
@@ -262,7 +288,7 @@ def _silent_stats() -> Any:
         def record_sleep_state(self, *args: Any, **kwargs: Any) -> None:
             pass
 
-    return SilentStats
+    return TokenWatch
 
 
 def _is_fast(tokenizer: Any) -> bool:
