@@ -187,7 +187,11 @@ def cancel(target: str, as_json: bool) -> None:
     if holder is None:
         raise OutputError(f"{storage.url()}: no run writes this output now")
     wait = f"it looks every {holder.heartbeat_s:g} s, and gives its shards errors.shutdown_grace_s to finish"
-    show({"run_id": holder.run_id, "host": holder.host, "pid": holder.pid}, f"asked {holder} to stop; {wait}", as_json=as_json)
+    show(
+        {"run_id": holder.run_id, "host": holder.host, "pid": holder.pid},
+        f"asked {holder} to stop; {wait}",
+        as_json=as_json,
+    )
 
 
 @command("report")

@@ -4,12 +4,16 @@ with FaultProxy(server.endpoint_url) as proxy:
     proxy.fail("slow_down", times=3, method="PUT")
     Storage(url, {**server.storage_options, "endpoint_url": proxy.url}).create(…)
     assert proxy.count("PUT") == 4
+
+    proxy.storm("slow_down", random.Random(7), share=0.5)   # and half of all requests, until
+    proxy.calm()
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import random
 import socket
 import struct
 import threading
@@ -21,7 +25,15 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 Fault = Literal[
-    "slow_down", "error_500", "conflict", "reset_before", "reset_after", "cut", "stall", "swallow"
+    "slow_down",
+    "error_500",
+    "conflict",
+    "reset_before",
+    "reset_within",
+    "reset_after",
+    "cut",
+    "stall",
+    "swallow",
 ]
 _STALL_S = 3.0
 _SWALLOW_S = 8.0
@@ -32,7 +44,14 @@ class _Rule:
     fault: Fault
     method: str
     query: str
-    times: int
+    times: float
+    dice: random.Random | None = None
+    share: float = 1.0
+
+    def hits(self, method: str, path: str) -> bool:
+        if not self.times or self.method not in ("", method) or self.query not in path:
+            return False
+        return self.dice is None or self.dice.random() < self.share
 
 
 @dataclass
@@ -42,6 +61,8 @@ class FaultProxy:
     target: str
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     """Method, path with query, and headers (lower case) of every request, in order of arrival."""
+    struck: int = 0
+    """Requests that met a fault."""
     _rules: list[_Rule] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     open_sockets: set[socket.socket] = field(default_factory=set)
@@ -51,11 +72,23 @@ class FaultProxy:
 
         - slow_down, error_500, conflict: an S3 error (503, 500, 409) without asking the server
         - reset_before, reset_after: the connection is reset before, or after, the server has done its work
+        - reset_within: half of the request's body is read, and the connection is reset
         - cut: half of the answer's body, then the end of the connection
         - stall: the server's answer comes 3 s late
         - swallow: the request's body is not read, and after 8 s the connection is reset
         """
         self._rules.append(_Rule(fault, method, query, times))
+
+    def storm(
+        self, fault: Fault, dice: random.Random, share: float = 1.0, method: str = "", query: str = ""
+    ) -> None:
+        """Until `calm`, such requests meet `fault` with the probability `share`, drawn from `dice`."""
+        self._rules.append(_Rule(fault, method, query, float("inf"), dice, share))
+
+    def calm(self) -> None:
+        """No more faults."""
+        with self._lock:
+            self._rules.clear()
 
     def count(self, method: str, query: str = "") -> int:
         return sum(1 for m, path, _ in self.requests if m == method and query in path)
@@ -64,8 +97,9 @@ class FaultProxy:
         with self._lock:
             self.requests.append((method, path, headers))
             for rule in self._rules:
-                if rule.times and rule.method in ("", method) and rule.query in path:
+                if rule.hits(method, path):
                     rule.times -= 1
+                    self.struck += 1
                     return rule.fault
         return None
 
@@ -103,7 +137,11 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "swallow":
             time.sleep(_SWALLOW_S)
             return self._reset()
-        body = self.rfile.read(int(headers.get("content-length", 0)))
+        length_in = int(headers.get("content-length", 0))
+        if fault == "reset_within":
+            self.rfile.read(length_in // 2)
+            return self._reset()
+        body = self.rfile.read(length_in)
         if fault == "slow_down":
             return self._refuse(503, "SlowDown")
         if fault == "error_500":

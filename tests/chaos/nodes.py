@@ -1,0 +1,35 @@
+"""A Ray cluster of several nodes on loopback, in a process of its own: `python -m tests.chaos.nodes WORKERS`.
+
+Prints one JSON line with its address and the raylet of each worker node; then takes `remove <raylet pid>` on stdin and
+answers each with a line. Ends with its stdin. The head holds one CPU, for the stages around the engines; a worker node
+has two, room for one engine that takes both.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+def main(workers: int) -> None:
+    from ray._private import ray_constants
+    from ray.cluster_utils import Cluster
+
+    each: dict[str, Any] = {"node_ip_address": "127.0.0.1", "object_store_memory": 80 * 2**20}
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **each}
+    )
+    nodes = [cluster.add_node(num_cpus=2, **each) for _ in range(workers)]  # type: ignore[no-untyped-call]
+    by_raylet = {node.all_processes[ray_constants.PROCESS_TYPE_RAYLET][0].process.pid: node for node in nodes}
+    print(json.dumps({"address": cluster.address, "raylets": list(by_raylet)}), flush=True)  # type: ignore[no-untyped-call]
+    for line in sys.stdin:
+        verb, _, pid = line.strip().partition(" ")
+        if verb == "remove":
+            cluster.remove_node(by_raylet.pop(int(pid)))
+        print("done", flush=True)
+    cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
