@@ -30,7 +30,14 @@ from jobs.report import Report, make_report
 from jobs.stopping import StopRequest
 from pipelines.attempts import clear_attempts
 from pipelines.contracts import Shard, ShardStats, Work
-from pipelines.errors import DrayError, ErrorBudgetSpent, Interrupted, JobIncomplete
+from pipelines.errors import (
+    BadInput,
+    DrayError,
+    ErrorBudgetSpent,
+    Interrupted,
+    JobIncomplete,
+    ShardError,
+)
 from pipelines.part import Footer
 from pipelines.run import EngineResources, Outcome, stream
 from pipelines.stage import Failure
@@ -116,7 +123,11 @@ def run(
             message = str(error)
             raise
         finally:
-            ledger.append("ended", state=state, message=message)
+            try:
+                ledger.append("ended", state=state, message=message)
+            except (BadInput, ShardError) as error:
+                # A full disk, say: how the run ended matters more than that it is not written down.
+                log.warning("the ledger does not say that this run ended: %s", error)
 
 
 #: Seconds beyond `errors.shutdown_grace_s` for the last commits, before the driver stops waiting.

@@ -371,9 +371,13 @@ def _elsewhere(trial: Trial, skew_s: int) -> Driver:
         raise Skip("needs root: a host name of its own for one driver")
     patch = trial.folder / "clock"
     patch.mkdir()
-    # Imported by every Python at its start, so by the driver and all its workers.
+    # Imported by every Python at its start, so by the driver and all its workers. A function of a module, since Ray
+    # sends `time.time` from process to process by name.
     (patch / "sitecustomize.py").write_text(
-        f"import time\n_time = time.time\ntime.time = lambda: _time() + {skew_s}\n"
+        "import time\n"
+        "def skewed():\n"
+        f"    return time.clock_gettime(time.CLOCK_REALTIME) + {skew_s}\n"
+        "time.time = skewed\n"
     )
     path = os.pathsep.join([str(patch), os.environ["PYTHONPATH"]])
     return trial.start(

@@ -34,9 +34,9 @@ from tests.local.runs import ROOT, job
 
 ROWS = 300
 SHARD_ROWS = 25
-#: Seconds that one driver may take; several times what it takes on two busy cores.
-DRIVER_S = {"simulated": 150.0, "vllm": 400.0}
-TRIAL_S = {"simulated": 400, "vllm": 1000}
+#: Seconds that one driver may take, and a whole trial: it would hang, not be slow, on a machine that is far too busy.
+DRIVER_S = {"simulated": 400.0, "vllm": 900.0}
+TRIAL_S = {"simulated": 1200, "vllm": 2400}
 
 ENVIRONMENT = {
     # Many drivers, workers and engines side by side: each computes on one thread.
