@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ import psutil
 
 from benchmarks.machine import ROOT
 
+#: Seconds that a command has to end when it is stopped.
+END_S = 15.0
 #: Seconds between two looks at the process, and at all that it started.
 OWN_EVERY_S, TREE_EVERY_S = 0.1, 1.0
 
@@ -44,8 +47,19 @@ class Watched:
     """(seconds since the start, bytes) of the process itself, once a second."""
 
 
-def run(command: Sequence[str], *, log: Path, env: Mapping[str, str], cwd: Path) -> Watched:
-    """Run `command` to its end, its output in `log`. Raises ChildFailed."""
+class OutOfTime(Exception):
+    """The command was stopped at the deadline."""
+
+
+def dray(*arguments: str) -> list[str]:
+    """The `dray` command of this checkout, also where it is not installed."""
+    return [sys.executable, "-m", "jobs.cli", *arguments]
+
+
+def run(
+    command: Sequence[str], *, log: Path, env: Mapping[str, str], cwd: Path, deadline: float | None = None
+) -> Watched:
+    """Run `command` to its end, its output in `log`; `deadline` by `time.monotonic`. Raises ChildFailed, OutOfTime."""
     log.parent.mkdir(parents=True, exist_ok=True)
     began_at, began = time.time(), time.monotonic()
     watched = Watched(began_at=began_at, ended_at=began_at, wall_s=0.0)
@@ -66,8 +80,10 @@ def run(command: Sequence[str], *, log: Path, env: Mapping[str, str], cwd: Path)
                         _look_at_descendants(process, watched, tree_cpu)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(OWN_EVERY_S)
+                if deadline is not None and time.monotonic() > deadline:
+                    raise OutOfTime(f"stopped after {time.monotonic() - began:.0f} s: the time was used up")
         except BaseException:
-            child.terminate()  # dray ends its Ray, the bare script its engine
+            _end(process)
             child.wait()
             raise
     watched.wall_s = time.monotonic() - began
@@ -84,9 +100,8 @@ def run(command: Sequence[str], *, log: Path, env: Mapping[str, str], cwd: Path)
 def environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment without other people's servers: no hub, no statistics, quiet logs."""
     quiet = {
-        "PYTHONPATH": str(
-            ROOT
-        ),  # the Dray of this checkout, wherever the environment's own is installed from
+        # The Dray of this checkout, wherever the environment's own is installed from.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -94,6 +109,17 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     return {**os.environ, **quiet, **extra}
+
+
+def _end(process: psutil.Process) -> None:
+    """Ask the command to end (dray ends its Ray, a bare script's engine follows it), then all that it left behind."""
+    with contextlib.suppress(psutil.Error):
+        family = process.children(recursive=True)
+        process.terminate()
+        _, left = psutil.wait_procs([process, *family], timeout=END_S)
+        for one in left:
+            with contextlib.suppress(psutil.Error):
+                one.kill()
 
 
 def _rss(process: psutil.Process) -> int:

@@ -34,6 +34,20 @@ def machine() -> dict[str, Any]:
     }
 
 
+def gpus() -> list[str]:
+    """The names of this host's GPUs, as the driver's own tool says them."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return []
+    return done.stdout.strip().splitlines() if done.returncode == 0 else []
+
+
 def is_busy() -> bool:
     """Whether other work was running in the last minute: figures taken now are no good."""
     return os.getloadavg()[0] > 0.5

@@ -1,7 +1,7 @@
 """Dray's benchmarks: one command, a table on stdout, JSON in out/bench/.
 
-    make bench                                  # all of it, some 20 minutes on two cores
-    make bench ARGS=--quick                     # does everything work: under two minutes, no figures to quote
+    make bench                                  # all of it, some 40 minutes on two cores
+    make bench ARGS=--quick                     # does everything work: a few minutes, no figures to quote
     python benchmarks/run.py --only throughput --repetitions 3
 
 docs/performance.md says what is measured and has the figures.
@@ -63,15 +63,17 @@ def main() -> int:
 
 
 def _throughput(args: argparse.Namespace) -> dict[str, Any]:
-    work = throughput.workload(
+    folder = OUT / "work" / "throughput"
+    work = throughput.task(
         model=args.model,
         rows=args.rows or (600 if args.quick else 7_500),
         max_tokens=args.max_tokens or (32 if args.quick else 160),
         threads=args.threads,
         in_flight=args.in_flight,
+        folder=folder,
     )
-    repetitions = args.repetitions or (1 if args.quick else 2)
-    return throughput.measure(work, OUT / "work" / "throughput", repetitions, _say)
+    repetitions = args.repetitions or (1 if args.quick else 3)
+    return throughput.measure(work, folder, repetitions, _say, args.side or throughput.NAMES)
 
 
 def _driver_memory(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,7 +92,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="see that everything works; no figures to quote")
     parser.add_argument("--only", action="append", choices=NAMES, help="run this one only (may be repeated)")
     parser.add_argument(
-        "--repetitions", type=int, help="of each side of the throughput benchmark (default: 2)"
+        "--repetitions", type=int, help="of each side of the throughput benchmark (default: 3)"
+    )
+    parser.add_argument(
+        "--side",
+        action="append",
+        choices=throughput.NAMES,
+        help="of the throughput benchmark (default: all; may be repeated)",
     )
     parser.add_argument(
         "--model",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def run_simulated(
         )
     )
     watched = child.run(
-        [str(Path(sys.executable).parent / "dray"), "run", str(job), "--json", "--quiet"],
+        child.dray("run", str(job), "--json", "--quiet"),
         log=folder / "log.txt",
         env=child.environment({"DRAY_LOGS": str(folder)}),
         cwd=ROOT,

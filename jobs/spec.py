@@ -227,7 +227,7 @@ def _templates(spec: JobSpec) -> list[tuple[str, str]]:
 
 
 def _prompt_columns(spec: JobSpec) -> list[tuple[str, str]]:
-    """(key, column) for each column that the prompt cannot do without."""
+    """(key, column) for each column that the prompt and its sampling cannot do without."""
     found = []
     for key, source in _templates(spec):
         template = Template(source, key)
@@ -236,6 +236,7 @@ def _prompt_columns(spec: JobSpec) -> list[tuple[str, str]]:
     columns = {
         "prompt.messages_column": spec.prompt.messages_column,
         "prompt.prompt_column": spec.prompt.prompt_column,
+        "sampling.max_tokens_column": spec.sampling.max_tokens_column,
     }
     return found + [(key, name) for key, name in columns.items() if name is not None]
 
@@ -245,6 +246,11 @@ def _type_problems(spec: JobSpec, schema: pa.Schema) -> list[str]:
     name = spec.prompt.prompt_column
     if name in schema.names and not _is_text(schema.field(name).type):
         problems.append(f"prompt.prompt_column: {name!r} holds {schema.field(name).type} values, not text")
+    name = spec.sampling.max_tokens_column
+    if name in schema.names and not _is_whole(schema.field(name).type):
+        problems.append(
+            f"sampling.max_tokens_column: {name!r} holds {schema.field(name).type} values, not whole numbers"
+        )
     name = spec.prompt.messages_column
     if name in schema.names:
         type_ = schema.field(name).type
@@ -267,6 +273,10 @@ def _is_text(type_: pa.DataType) -> bool:
         type_ = type_.value_type
     is_string = pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
     return bool(is_string or pa.types.is_null(type_))
+
+
+def _is_whole(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(type_) or pa.types.is_null(type_))
 
 
 def _is_list(type_: pa.DataType) -> bool:

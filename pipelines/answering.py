@@ -48,6 +48,7 @@ class Answering:
         self._work, self._started = work, started
         self._numbers, self._priority = request_numbers, priority
         self._token_ids = self._prompts["token_ids"].combine_chunks()
+        self._max_tokens: list[int | None] = self._prompts["max_tokens"].to_pylist()
         self._results: list[Answer | RowError | None] = [None] * len(self._prompts)
         self._latencies: list[float] = []
         self._began = time.monotonic()
@@ -114,19 +115,19 @@ class Answering:
         began = time.monotonic()
         try:
             self._results[row] = await self._answer(
-                self._token_ids[row].values.to_pylist(), self.row_ids[row]
+                self._token_ids[row].values.to_pylist(), self.row_ids[row], self._max_tokens[row]
             )
             self._latencies.append(time.monotonic() - began)
         except RowError as error:
             self._results[row] = error
 
-    async def _answer(self, token_ids: Sequence[int], row_id: str) -> Answer:
+    async def _answer(self, token_ids: Sequence[int], row_id: str, max_tokens: int | None) -> Answer:
         seed = None if self._work.sampling.seed is None else row_seed(self._work.sampling.seed, row_id)
         request_id = f"{self._work.run_id}-{next(self._numbers)}"
         limit, began = self._work.errors.request_timeout_s, time.monotonic()
         try:
             async with asyncio.timeout(limit):
-                return await self._started.engine.generate(request_id, token_ids, seed)
+                return await self._started.engine.generate(request_id, token_ids, seed, max_tokens)
         except TimeoutError:
             if self._started.engine.last_token_at < began:
                 raise EngineDied(f"no token from any request for {limit:g} s") from None

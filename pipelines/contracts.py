@@ -140,6 +140,7 @@ PROMPT_SCHEMA = pa.schema(
     [
         ROW_ID,
         pa.field("token_ids", pa.list_(pa.int32())),  # null: see error_code
+        pa.field("max_tokens", pa.int32()),  # null: the job's
         *ERROR_FIELDS,
     ]
 )

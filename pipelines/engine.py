@@ -61,8 +61,10 @@ class Engine(Protocol):
     async def start(self) -> EngineInfo:
         """Load the model. Raises EngineStartError."""
 
-    async def generate(self, request_id: str, token_ids: Sequence[int], seed: int | None) -> Answer:
-        """Answer one prompt. Cancelling the call aborts the request inside the engine.
+    async def generate(
+        self, request_id: str, token_ids: Sequence[int], seed: int | None, max_tokens: int | None = None
+    ) -> Answer:
+        """Answer one prompt. Cancelling the call aborts the request inside the engine. `max_tokens`: if not the job's.
 
         Raises RowError when the engine refuses this request, EngineDied when the engine is gone.
         """

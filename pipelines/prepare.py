@@ -38,7 +38,9 @@ class Prepare:
     def builder(self) -> PromptBuilder:
         """Made with the actor; what is wrong with it meets the first shard again and is that shard's failure."""
         check_code(self.work.code_digest, self.work.code_path)
-        return PromptBuilder(self.work.prompt, load_tokenizer(self.work.model), self.work.user_modules)
+        return PromptBuilder(
+            self.work.prompt, load_tokenizer(self.work.model), self.work.user_modules, self.work.sampling
+        )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         parcel = Parcel.from_batch(batch)

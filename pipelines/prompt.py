@@ -19,7 +19,8 @@ from pipelines.code import load_function
 from pipelines.contracts import PROMPT_SCHEMA
 from pipelines.errors import ROW_ERROR_CODES, RowError, SpecError
 from pipelines.messages import Message, Turns, checked, conversation, has_system
-from pipelines.settings import PromptSettings
+from pipelines.row_limits import row_limits
+from pipelines.settings import PromptSettings, SamplingSettings
 from pipelines.template import Template, null, one_line
 
 #: Columns that reading adds; the last ones of these names, should the input have such columns itself.
@@ -37,14 +38,22 @@ class Tokenizer(Protocol):
 
 
 class PromptBuilder:
-    """Builds the prompts of any number of tables. `folders` are the user's own, for `prompt.function`.
+    """Builds the prompts of any number of tables. `folders` are the user's own, for `prompt.function`;
+    `sampling` says where a row's own `max_tokens` stands.
 
     Raises SpecError on construction: template syntax, a function that cannot be imported, a chat without a chat
     template.
     """
 
-    def __init__(self, settings: PromptSettings, tokenizer: Tokenizer, folders: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        settings: PromptSettings,
+        tokenizer: Tokenizer,
+        folders: Sequence[str] = (),
+        sampling: SamplingSettings | None = None,
+    ) -> None:
         self.settings = settings
+        self._sampling = sampling or SamplingSettings()
         self.tokenizer = tokenizer
         has_template = bool(getattr(tokenizer, "chat_template", None))
         self.chat = has_template if settings.chat is None else settings.chat
@@ -70,13 +79,18 @@ class PromptBuilder:
         `table` holds the input columns and `row_id`; where it has `error_code` and `error_message`, rows that carry a
         code keep it and get no tokens.
         """
-        outcomes = self.texts(table)
+        limits = row_limits(table, self._sampling)
+        outcomes = [
+            limit if isinstance(limit, RowError) and isinstance(text, str) else text
+            for text, limit in zip(self.texts(table), limits, strict=True)
+        ]
         token_ids = self._tokenise(outcomes)
         errors = [outcome if isinstance(outcome, RowError) else None for outcome in outcomes]
         return pa.table(
             [
                 _added_column(table, "row_id"),
                 pa.array(token_ids, PROMPT_SCHEMA.field("token_ids").type),
+                pa.array([None if isinstance(x, RowError) else x for x in limits], pa.int32()),
                 pa.array([error and error.code for error in errors], pa.string()),
                 pa.array([error and str(error) for error in errors], pa.string()),
             ],

@@ -170,6 +170,8 @@ class SamplingSettings(Settings):
     """Leave out tokens less likely than this share of the most likely one."""
     max_tokens: PositiveInt | None = 512
     """null: as far as `max_model_len` allows."""
+    max_tokens_column: Text | None = None
+    """A column of whole numbers: each row's own `max_tokens`; where it is null, the job's."""
     min_tokens: Annotated[int, Field(ge=0)] = 0
     """No stopping before this many tokens."""
     n: PositiveInt = 1

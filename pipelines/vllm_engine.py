@@ -74,7 +74,9 @@ class VLLMEngine:
             ready_at=time.time(),
         )
 
-    async def generate(self, request_id: str, token_ids: Sequence[int], seed: int | None) -> Answer:
+    async def generate(
+        self, request_id: str, token_ids: Sequence[int], seed: int | None, max_tokens: int | None = None
+    ) -> Answer:
         """See `Engine.generate`. `seed` fits into 63 bits; vLLM adds the sample index to it."""
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -83,9 +85,10 @@ class VLLMEngine:
             raise EngineDied("the engine is not running")
         prompt = check_prompt(token_ids, self._max_model_len)
         params = self._params
-        if seed is not None:
+        if seed is not None or max_tokens is not None:
             params = copy(params)
             params.seed = seed
+            params.max_tokens = max_tokens or params.max_tokens
         output: Any = None
         self._in_flight.add(request_id)
         began = time.monotonic()
@@ -226,11 +229,11 @@ class VLLMEngine:
 
 
 def _sampling_params(sampling: SamplingSettings) -> Any:
-    """vLLM's SamplingParams for all requests of the job; only the seed differs, see `VLLMEngine.generate`."""
+    """vLLM's SamplingParams for all requests of the job; seed and max_tokens may differ, see `VLLMEngine.generate`."""
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    values = sampling.model_dump(exclude={"seed"})
+    values = sampling.model_dump(exclude={"seed", "max_tokens_column"})
     try:
         params = SamplingParams(
             **values,

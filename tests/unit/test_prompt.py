@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from pipelines.contracts import PROMPT_SCHEMA
 from pipelines.errors import ROW_ERROR_CODES, RowError, SpecError
 from pipelines.prompt import PromptBuilder
-from pipelines.settings import PromptSettings
+from pipelines.settings import PromptSettings, SamplingSettings
 from pipelines.template import Template, null
 
 WORDS = ["<unk>", "<s>", "<|user|>", "<|system|>", "<|assistant|>", "a", "b", "c", "hello", "say", "en"]
@@ -418,3 +418,22 @@ def test_input_columns_may_share_names_with_dray() -> None:
 
 def test_vllm_is_not_imported() -> None:
     assert "vllm" not in Path(sys.modules["pipelines.prompt"].__file__ or "").read_text()
+
+
+def test_each_row_may_have_its_own_max_tokens() -> None:
+    table = rows(x=["a", "b", "c", "a", None], n=pa.array([7, None, 2, 2**40, 0]))
+    sampling = SamplingSettings(max_tokens_column="n", min_tokens=3)
+    made = PromptBuilder(PromptSettings(template="{{ x }}"), tokenizer(None), sampling=sampling).build(table)
+    assert made.schema == PROMPT_SCHEMA
+    found = made.to_pylist()
+    assert [row["max_tokens"] for row in found] == [7, None, None, None, None]
+    assert [row["error_code"] for row in found] == [
+        None,
+        None,
+        "invalid_request",  # below min_tokens
+        "invalid_request",
+        "missing_value",  # the prompt's own error comes first
+    ]
+    assert found[2]["error_message"] == "max_tokens_column 'n' is 2; it must be from 3 to 2147483647"
+    without = PromptBuilder(PromptSettings(template="{{ x }}"), tokenizer(None), sampling=sampling)
+    assert without.build(rows(x=["a"]))["max_tokens"].to_pylist() == [None]

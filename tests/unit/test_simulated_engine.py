@@ -87,6 +87,8 @@ async def test_max_tokens_and_max_model_len_cut_answers(source: str) -> None:
     await short.start()
     sample = (await short.generate("a", [5], None)).samples[0]
     assert (len(sample.token_ids), sample.finish_reason) == (3, "length")
+    sample = (await short.generate("b", [5], None, max_tokens=2)).samples[0]
+    assert (len(sample.token_ids), sample.finish_reason) == (2, "length")
     await short.stop()
 
     narrow = engine_for(source, engine={"max_model_len": 10}, simulated={"min_tokens": 8, **FAST})

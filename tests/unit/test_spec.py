@@ -265,6 +265,16 @@ def test_column_types(prompt: dict[str, str], type_: pa.DataType, message: str |
         check_against_schema(spec(prompt=given), pa.schema([("x", type_)]))
 
 
+def test_the_column_of_max_tokens_is_read_and_holds_whole_numbers() -> None:
+    sampling = {"max_tokens_column": "n"}
+    assert "n" in needed_columns(spec(sampling=sampling))
+    assert against({"doc": TEXT, "n": pa.float64()}, sampling=sampling) == [
+        "sampling.max_tokens_column: 'n' holds double values, not whole numbers"
+    ]
+    assert "unknown column 'n'" in against({"doc": TEXT, "m": NUMBER}, sampling=sampling)[0]
+    check_against_schema(spec(sampling=sampling), pa.schema([("doc", TEXT), ("n", NUMBER)]))
+
+
 def test_input_columns_with_names_of_results() -> None:
     schema = {"doc": TEXT, "row_id": TEXT, "error_code": TEXT}
     assert [line.split(";")[0] for line in against(schema)] == [
