@@ -69,7 +69,8 @@ class Generate:
         """Shards that are here: their work, and their id."""
         self._in_hand: dict[str, Attempt] = {}
         """Shards that the engine has: id and latest record."""
-        self._ending = False
+        self._end: asyncio.Task[None] | None = None
+        """Under way once the engine is dead."""
         self._watchers: tuple[asyncio.Task[None], ...] = ()
         self._starter = ThreadPoolExecutor(1)
         self._start = self._starter.submit(self._open)
@@ -91,8 +92,7 @@ class Generate:
                 raise
             failure = Failure.of("generate", Stopped("the run was stopped before this shard was done"))
         except Exception as error:  # noqa: BLE001 - classified by Failure.of
-            if isinstance(error, EngineDied):
-                await self._end(str(error))
+            await self._unless_ending()
             if isinstance(error, EngineStartError) and start is self._start:
                 self._start = self._starter.submit(self._open)
             failure = Failure.of("generate", error)
@@ -151,11 +151,14 @@ class Generate:
 
     @asynccontextmanager
     async def _holding(self, shard: str, attempt: Attempt) -> AsyncIterator[None]:
-        """While the engine has the shard. Where the engine dies it stays in hand: `_end` tells of it."""
+        """While the engine has the shard. Where the engine dies it stays in hand: `_die` tells of it."""
         self._in_hand[shard] = attempt
         try:
             yield
-        except EngineDied:
+        except EngineDied as error:
+            self._begin_end(
+                str(error)
+            )  # before the turn passes to the next shard, which would die of nothing
             raise
         except BaseException:
             del self._in_hand[shard]
@@ -192,24 +195,25 @@ class Generate:
         info = asyncio.run(engine.start())
         return Started(engine, info, Gate(admission_policy(self.work.pool.admission, info.max_num_seqs)))
 
-    async def _end(self, reason: str) -> NoReturn:
-        """The engine is dead: say so in the records of all shards that it had, and end this process."""
-        if not self._ending:
-            self._ending = True
-            _log.error(
-                "the engine died under %d shards, which are tried again: %s", len(self._in_hand), reason
-            )
+    def _begin_end(self, reason: str) -> None:
+        """The engine is dead: from now on nothing begins, and this process ends."""
+        if self._end is None:
+            self._end = asyncio.create_task(self._die(reason))
+
+    async def _die(self, reason: str) -> None:
+        """Say so in the records of all shards that the engine had, and end this process."""
+        _log.error("the engine died under %d shards, which are tried again: %s", len(self._in_hand), reason)
+        try:
             for shard, attempt in list(self._in_hand.items()):
                 with contextlib.suppress(Exception):  # then it counts as vanished
                     await asyncio.to_thread(self.attempts.died, shard, attempt, reason)
             await asyncio.to_thread(self._start.result().engine.kill)
+        finally:
             self.leave()
-        await self._unless_ending()
-        raise AssertionError("unreachable")
 
     async def _unless_ending(self) -> None:
         """Wait for the end of a process that is ending: what it began now would count as a death of its own."""
-        if self._ending:
+        if self._end is not None:
             await asyncio.Event().wait()
 
     def leave(self) -> NoReturn:
@@ -242,7 +246,7 @@ class Generate:
             gate = started.gate
             quiet = now - max(started.engine.last_token_at, gate.busy_since, awake_since)
             if gate.in_flight and quiet > limit:
-                await self._end(f"no token from any of {gate.in_flight} requests for {quiet:.0f} s")
+                self._begin_end(f"no token from any of {gate.in_flight} requests for {quiet:.0f} s")
 
     async def _heed_stop(self) -> None:
         """Once the run is asked to stop: decline new shards, give those in hand their time, then give them up."""
