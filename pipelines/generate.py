@@ -80,7 +80,6 @@ class Generate:
         if parcel.failure:
             return parcel.to_batch()
         self._watch()
-        start = self._start
         call = asyncio.ensure_future(self._shard(parcel))
         self._calls[call] = parcel.shard.id
         try:
@@ -93,8 +92,6 @@ class Generate:
             failure = Failure.of("generate", Stopped("the run was stopped before this shard was done"))
         except Exception as error:  # noqa: BLE001 - classified by Failure.of
             await self._unless_ending()
-            if isinstance(error, EngineStartError) and start is self._start:
-                self._start = self._starter.submit(self._open)
             failure = Failure.of("generate", error)
         finally:
             self._calls.pop(call, None)
@@ -104,7 +101,7 @@ class Generate:
 
     async def _shard(self, parcel: Parcel) -> Parcel:
         """Every row answered or failed, however often it takes a new engine. Raises what is not one row's fault."""
-        started = await asyncio.shield(asyncio.wrap_future(self._start))
+        started = await self._started()
         answering = Answering(parcel, self.work, started, self._request_numbers, next(self._arrivals))
         shard, pass_ = parcel.shard.id, parcel.notes["pass"]
         async with self._turns.shared():
@@ -166,6 +163,16 @@ class Generate:
         del self._in_hand[shard]
 
     # ── the engine's life ───────────────────────────────────────────────────────────────────────────────────────
+
+    async def _started(self) -> Started:
+        """The engine, once it is ready. Where it does not start, the next shard finds a new try."""
+        start = self._start
+        try:
+            return await asyncio.shield(asyncio.wrap_future(start))
+        except Exception:
+            if start is self._start:
+                self._start = self._starter.submit(self._open)
+            raise
 
     def _open(self) -> Started:
         """Blocks until the engine is ready. An engine takes the loop of its first request, not this one."""

@@ -17,7 +17,7 @@ from pipelines.answering import Started
 from pipelines.attempts import FOLDER, Attempt, Attempts
 from pipelines.code import code_digest, code_path
 from pipelines.contracts import PROMPT_SCHEMA, Shard, Work
-from pipelines.errors import EngineStartError
+from pipelines.errors import EngineStartError, TransientStorageError
 from pipelines.generate import Generate
 from pipelines.settings import (
     ErrorSettings,
@@ -385,6 +385,27 @@ async def test_a_process_that_dies_while_its_engine_starts_is_not_replaced_for_e
     assert failed.failure is not None
     assert failed.failure.kind == "WorkerDied"
     assert "the process of the start stage died 6 times" in failed.failure.message
+    await actor.bury()
+
+
+async def test_a_start_that_a_store_spoiled_is_tried_again(make_work: MakeWork) -> None:
+    """Else every later shard of this actor fails of a storage fault long past."""
+
+    class Unlucky(Actor):
+        tries = 0
+
+        def _open(self) -> Started:
+            self.tries += 1
+            if self.tries == 1:
+                raise TransientStorageError("503 SlowDown")
+            return super()._open()
+
+    actor = Unlucky(make_work())
+    one = parcel(0, healthy(0))
+    failed = Parcel.from_batch(await actor(one.to_batch()))
+    assert failed.failure is not None
+    assert (failed.failure.kind, failed.failure.scope) == ("TransientStorageError", "shard")
+    assert errors_of(Parcel.from_batch(await actor(one.to_batch()))) == {}
     await actor.bury()
 
 
