@@ -153,9 +153,8 @@ class Generate:
         try:
             yield
         except EngineDied as error:
-            self._begin_end(
-                str(error)
-            )  # before the turn passes to the next shard, which would die of nothing
+            # Before the turn passes to the next shard, which would die of nothing.
+            self._begin_end(str(error))
             raise
         except BaseException:
             del self._in_hand[shard]

@@ -87,8 +87,8 @@ class SimulatedEngine:
 
     @property
     def last_token_at(self) -> float:
-        if self._clock is not None and not self._clock.stalled:
-            self._last_token_at = time.monotonic()  # tokens flow all the time
+        if self._clock is not None:
+            self._last_token_at = max(self._last_token_at, self._clock.last_token_at)
         return self._last_token_at
 
     def kill(self) -> None:
@@ -158,7 +158,7 @@ class _SharedClock:
         self._order = itertools.count()
         self._active = 0
         self._virtual = 0.0
-        self._updated = self._loop.time()
+        self._updated = self._served_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
 
@@ -182,8 +182,10 @@ class _SharedClock:
         return self._loop.time() - began
 
     @property
-    def stalled(self) -> bool:
-        return self._stopped
+    def last_token_at(self) -> float:
+        """Up to when tokens were served, in the loop's time, which is `time.monotonic()`."""
+        self._advance()
+        return self._served_at
 
     def stall(self) -> None:
         """Serve nothing any more."""
@@ -206,6 +208,7 @@ class _SharedClock:
     def _advance(self) -> None:
         now = self._loop.time()
         if self._active:
+            self._served_at = self._served_at if self._stopped else now
             self._virtual += (now - self._updated) * self._rate / self._active
         self._updated = now
 
