@@ -150,8 +150,8 @@ def test_the_last_word_is_over_all_parts_of_the_output() -> None:
 
 
 def test_the_rate_that_the_message_names_does_accept_the_rows() -> None:
-    for failed in (1, 333, 667, 999, 1000):
-        one = footer(1, {"x": failed}, rows=1000)
+    for failed in (1, 1000, 2000, 2999, 3000):
+        one = footer(1, {"x": failed}, rows=3000)
         with pytest.raises(ErrorBudgetSpent) as spent:
             budget(max_error_rate=0.0).check_total(one.stats, [one])
         rate = float(str(spent.value).rpartition("errors.max_error_rate=")[2].split()[0])
