@@ -29,7 +29,7 @@ INSTALL = python="$(PYTHON)"; if [ -z "$$python" ]; then \
 
 .PHONY: help
 help: ## List the commands
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: setup
 setup: $(PROJECT) ## Install Dray into .venv (DEVICE=gpu on a GPU host; VENV=<folder> for another place)
@@ -64,6 +64,14 @@ test: $(DEV) ## Run all tests: unit, golden, and local with real Ray, vLLM and S
 .PHONY: test-fast
 test-fast: $(DEV) ## Run the unit and golden tests only
 	@$(BIN)/pytest --ignore=tests/local --ignore=tests/gpu $(ARGS)
+
+.PHONY: chaos
+chaos: $(DEV) ## Kill, starve and confuse runs at random moments, and count every row afterwards; hours (ARGS="--jobs 12")
+	@$(BIN)/python -m tests.chaos $(ARGS)
+
+.PHONY: chaos-short
+chaos-short: $(DEV) ## One seeded trial of each fault; about ten minutes on two cores
+	@$(BIN)/python -m tests.chaos --short --jobs 2 $(ARGS)
 
 .PHONY: lint
 lint: $(DEV) ## Check style, types and the import rules

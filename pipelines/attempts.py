@@ -129,8 +129,11 @@ class History:
             yield from (*singly, *together)
 
     def check(self, stage: Stage, shard: str, most: int) -> None:
-        """Raises WorkerDied after `most` deaths at the whole shard, EngineBroken where no engine runs anything."""
-        whole = sum(death.rows is None for death in self.deaths)
+        """Raises WorkerDied after `most` deaths at the whole shard, EngineBroken where no engine runs anything.
+
+        Only this run's count: whoever has mended something and runs again is given as many.
+        """
+        whole = sum(death.rows is None for death in self._in_this_run)
         if whole >= most:
             raise WorkerDied(f"the process of the {stage} stage died {whole} times at {shard}")
         if self._in_vain >= BROKEN_AFTER:
@@ -139,11 +142,15 @@ class History:
                 "its device is at fault rather than the rows; see the log, then run again"
             )
 
+    @property
+    def _in_this_run(self) -> list[Attempt]:
+        return [death for death in self.deaths if death.run_id == self.run_id]
+
     @cached_property
     def _in_vain(self) -> int:
-        """Latest workers in a row that died in their first group."""
+        """Latest workers of this run in a row that died in their first group."""
         groups = Counter(attempt.worker for attempt in self.attempts if attempt.rows is not None)
-        workers = [death.worker for death in self.deaths if death.rows is not None]
+        workers = [death.worker for death in self._in_this_run if death.rows is not None]
         return len(list(itertools.takewhile(lambda worker: groups[worker] == 1, reversed(workers))))
 
 
@@ -222,6 +229,6 @@ class Attempts:
 
 def clear_attempts(storage: Storage, shard_id: str = "") -> None:
     """Remove the records of a shard, or all: of no use once the parts stand. What is left over does no harm."""
-    names = [info.name for info in storage.list(f"{FOLDER}/{shard_id}".rstrip("/"))]
     with ThreadPoolExecutor(32) as pool, contextlib.suppress(TransientStorageError):
+        names = [info.name for info in storage.list(f"{FOLDER}/{shard_id}".rstrip("/"))]
         list(pool.map(storage.delete, names))

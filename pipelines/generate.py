@@ -69,7 +69,8 @@ class Generate:
         """Shards that are here: their work, and their id."""
         self._in_hand: dict[str, Attempt] = {}
         """Shards that the engine has: id and latest record."""
-        self._ending = False
+        self._end: asyncio.Task[None] | None = None
+        """Under way once the engine is dead."""
         self._watchers: tuple[asyncio.Task[None], ...] = ()
         self._starter = ThreadPoolExecutor(1)
         self._start = self._starter.submit(self._open)
@@ -79,7 +80,6 @@ class Generate:
         if parcel.failure:
             return parcel.to_batch()
         self._watch()
-        start = self._start
         call = asyncio.ensure_future(self._shard(parcel))
         self._calls[call] = parcel.shard.id
         try:
@@ -91,10 +91,7 @@ class Generate:
                 raise
             failure = Failure.of("generate", Stopped("the run was stopped before this shard was done"))
         except Exception as error:  # noqa: BLE001 - classified by Failure.of
-            if isinstance(error, EngineDied):
-                await self._end(str(error))
-            if isinstance(error, EngineStartError) and start is self._start:
-                self._start = self._starter.submit(self._open)
+            await self._unless_ending()
             failure = Failure.of("generate", error)
         finally:
             self._calls.pop(call, None)
@@ -104,7 +101,7 @@ class Generate:
 
     async def _shard(self, parcel: Parcel) -> Parcel:
         """Every row answered or failed, however often it takes a new engine. Raises what is not one row's fault."""
-        started = await asyncio.shield(asyncio.wrap_future(self._start))
+        started = await self._started()
         answering = Answering(parcel, self.work, started, self._request_numbers, next(self._arrivals))
         shard, pass_ = parcel.shard.id, parcel.notes["pass"]
         async with self._turns.shared():
@@ -151,11 +148,13 @@ class Generate:
 
     @asynccontextmanager
     async def _holding(self, shard: str, attempt: Attempt) -> AsyncIterator[None]:
-        """While the engine has the shard. Where the engine dies it stays in hand: `_end` tells of it."""
+        """While the engine has the shard. Where the engine dies it stays in hand: `_die` tells of it."""
         self._in_hand[shard] = attempt
         try:
             yield
-        except EngineDied:
+        except EngineDied as error:
+            # Before the turn passes to the next shard, which would die of nothing.
+            self._begin_end(str(error))
             raise
         except BaseException:
             del self._in_hand[shard]
@@ -163,6 +162,16 @@ class Generate:
         del self._in_hand[shard]
 
     # ── the engine's life ───────────────────────────────────────────────────────────────────────────────────────
+
+    async def _started(self) -> Started:
+        """The engine, once it is ready. Where it does not start, the next shard finds a new try."""
+        start = self._start
+        try:
+            return await asyncio.shield(asyncio.wrap_future(start))
+        except Exception:
+            if start is self._start:
+                self._start = self._starter.submit(self._open)
+            raise
 
     def _open(self) -> Started:
         """Blocks until the engine is ready. An engine takes the loop of its first request, not this one."""
@@ -192,24 +201,25 @@ class Generate:
         info = asyncio.run(engine.start())
         return Started(engine, info, Gate(admission_policy(self.work.pool.admission, info.max_num_seqs)))
 
-    async def _end(self, reason: str) -> NoReturn:
-        """The engine is dead: say so in the records of all shards that it had, and end this process."""
-        if not self._ending:
-            self._ending = True
-            _log.error(
-                "the engine died under %d shards, which are tried again: %s", len(self._in_hand), reason
-            )
+    def _begin_end(self, reason: str) -> None:
+        """The engine is dead: from now on nothing begins, and this process ends."""
+        if self._end is None:
+            self._end = asyncio.create_task(self._die(reason))
+
+    async def _die(self, reason: str) -> None:
+        """Say so in the records of all shards that the engine had, and end this process."""
+        _log.error("the engine died under %d shards, which are tried again: %s", len(self._in_hand), reason)
+        try:
             for shard, attempt in list(self._in_hand.items()):
                 with contextlib.suppress(Exception):  # then it counts as vanished
                     await asyncio.to_thread(self.attempts.died, shard, attempt, reason)
             await asyncio.to_thread(self._start.result().engine.kill)
+        finally:
             self.leave()
-        await self._unless_ending()
-        raise AssertionError("unreachable")
 
     async def _unless_ending(self) -> None:
         """Wait for the end of a process that is ending: what it began now would count as a death of its own."""
-        if self._ending:
+        if self._end is not None:
             await asyncio.Event().wait()
 
     def leave(self) -> NoReturn:
@@ -242,7 +252,7 @@ class Generate:
             gate = started.gate
             quiet = now - max(started.engine.last_token_at, gate.busy_since, awake_since)
             if gate.in_flight and quiet > limit:
-                await self._end(f"no token from any of {gate.in_flight} requests for {quiet:.0f} s")
+                self._begin_end(f"no token from any of {gate.in_flight} requests for {quiet:.0f} s")
 
     async def _heed_stop(self) -> None:
         """Once the run is asked to stop: decline new shards, give those in hand their time, then give them up."""

@@ -90,8 +90,8 @@ class SimulatedEngine:
 
     @property
     def last_token_at(self) -> float:
-        if self._clock is not None and not self._clock.stalled:
-            self._last_token_at = time.monotonic()  # tokens flow all the time
+        if self._clock is not None:
+            self._last_token_at = max(self._last_token_at, self._clock.last_token_at)
         return self._last_token_at
 
     def kill(self) -> None:
@@ -161,7 +161,7 @@ class _SharedClock:
         self._order = itertools.count()
         self._active = 0
         self._virtual = 0.0
-        self._updated = self._loop.time()
+        self._updated = self._served_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
 
@@ -185,8 +185,10 @@ class _SharedClock:
         return self._loop.time() - began
 
     @property
-    def stalled(self) -> bool:
-        return self._stopped
+    def last_token_at(self) -> float:
+        """Up to when tokens were served, in the loop's time, which is `time.monotonic()`."""
+        self._advance()
+        return self._served_at
 
     def stall(self) -> None:
         """Serve nothing any more."""
@@ -209,6 +211,7 @@ class _SharedClock:
     def _advance(self) -> None:
         now = self._loop.time()
         if self._active:
+            self._served_at = self._served_at if self._stopped else now
             self._virtual += (now - self._updated) * self._rate / self._active
         self._updated = now
 

@@ -1,6 +1,7 @@
 """The chaos suite: faults at random moments, and a count of every row afterwards.
 
     python -m tests.chaos                                        every fault: 20 trials, and 3 with real vLLM
+    python -m tests.chaos --short --jobs 2                       one trial of each with the simulated engine, for CI
     python -m tests.chaos --jobs 12 --out results.json           twelve at a time
     python -m tests.chaos --fault driver_sigkill --engine simulated --seed 17 --trials 1 --keep
 
@@ -122,6 +123,15 @@ def stage(
 
 def chosen(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     """The trials asked for, seed by seed, so that an early end leaves some of every fault."""
+    if args.short:
+        # The one with vLLM takes longest, so it goes first.
+        real = [(name, "vllm", args.seed) for name in args.fault or FAULTS if name == "engine_core_sigkill"]
+        simulated = [
+            (name, "simulated", args.seed)
+            for name in args.fault or FAULTS
+            if "simulated" in FAULTS[name].engines
+        ]
+        return [trial for trial in real + simulated if args.engine in (trial[1], "both")]
     trials = []
     for name in args.fault or FAULTS:
         for engine in FAULTS[name].engines:
@@ -138,6 +148,11 @@ def main() -> int:
         prog="python -m tests.chaos",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="one trial of each fault without vLLM, one EngineCore SIGKILL with it",
     )
     parser.add_argument("--trials", type=int, default=20, help="trials of each fault")
     parser.add_argument("--vllm-trials", type=int, default=3, help="of those that need no vLLM, with it")

@@ -20,9 +20,9 @@ def main(workers: int) -> None:
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **each}
     )
-    nodes = [cluster.add_node(num_cpus=2, **each) for _ in range(workers)]  # type: ignore[no-untyped-call]
+    nodes = [cluster.add_node(num_cpus=2, **each) for _ in range(workers)]
     by_raylet = {node.all_processes[ray_constants.PROCESS_TYPE_RAYLET][0].process.pid: node for node in nodes}
-    print(json.dumps({"address": cluster.address, "raylets": list(by_raylet)}), flush=True)  # type: ignore[no-untyped-call]
+    print(json.dumps({"address": cluster.address, "raylets": list(by_raylet)}), flush=True)
     for line in sys.stdin:
         verb, _, pid = line.strip().partition(" ")
         if verb == "remove":

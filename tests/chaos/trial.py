@@ -235,9 +235,9 @@ class Trial:
         self.result.store = "s3"
         self.source = Place(files, f"{bucket}/in", f"s3://{bucket}/in")
         self.output = Place(files, f"{bucket}/out", f"s3://{bucket}/out")
-        self.proxy = FaultProxy(server["endpoint_url"])
-        self.proxy.__enter__()
-        self.at_end.append(lambda: self.proxy and self.proxy.__exit__(None, None, None))
+        stack = contextlib.ExitStack()
+        self.proxy = stack.enter_context(FaultProxy(server["endpoint_url"]))
+        self.at_end.append(stack.close)
         os.environ |= {
             "AWS_ENDPOINT_URL": self.proxy.url,
             "AWS_ACCESS_KEY_ID": server["key"],

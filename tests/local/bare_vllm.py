@@ -22,7 +22,12 @@ def bare_vllm(
     done = subprocess.run(
         [sys.executable, "-m", "tests.local.bare_vllm"],
         input=json.dumps({"engine": engine, "sampling": sampling, "prompts": prompts, "seeds": seeds}),
-        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a second process would import vLLM once more, 7 s
+        },
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,4 +1,7 @@
-"""The part files hold what bare vLLM answers: the same text and the same token counts, row by row."""
+"""The part files hold what bare vLLM answers: the same text and the same token counts, row by row.
+
+A tensor-parallel engine: see test_engine_death.
+"""
 
 from __future__ import annotations
 
@@ -108,8 +111,3 @@ def test_three_samples_cut_inside_characters_of_a_sentencepiece_model(tmp_path: 
     assert len(rows) == 450
     assert len({row["generated_text"] for row in rows}) > 400
     assert not any("\ufffd" in row["generated_text"][-1:] for row in rows)  # vLLM holds a cut character back
-
-
-def test_tensor_parallel_engine(tmp_path: Path) -> None:
-    engine = {**ENGINE, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    compare(tmp_path, questions_of_mixed_length(60), {"temperature": 0, "max_tokens": 32}, engine)

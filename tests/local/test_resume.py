@@ -82,31 +82,57 @@ def test_kill_minus_nine_and_run_again(tmp_path: Path) -> None:
     assert not left
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_so_and_can_go_on(tmp_path: Path, number: signal.Signals) -> None:
-    write_questions(tmp_path / "in", rows=400)
+@pytest.mark.parametrize(
+    ("how", "grace_s"),
+    [(signal.SIGINT, 0), (signal.SIGTERM, 100), ("cancel", 0)],
+    ids=["Ctrl-C", "SIGTERM", "cancel"],
+)
+def test_a_stopped_run_says_so_and_can_go_on(tmp_path: Path, how: signal.Signals | str, grace_s: int) -> None:
+    """With time to finish, what was begun is committed; without, it is given up and nothing is lost."""
+    write_questions(tmp_path / "in", rows=600)
     settings = job(
-        tmp_path / "in", tmp_path / "out", shards={"rows": 25}, model={"simulated": {"tokens_per_s": 800}}
+        tmp_path / "in",
+        tmp_path / "out",
+        shards={"rows": 25},
+        model={"simulated": {"tokens_per_s": 300}},  # half a minute of work, five seconds in flight
+        errors={"shutdown_grace_s": grace_s},
     )
-    job_file = tmp_path / "job.yaml"
+    job_file, out = tmp_path / "job.yaml", tmp_path / "out"
     job_file.write_text(json.dumps(settings))
     driver = subprocess.Popen(
         [*DRAY, "run", str(job_file)], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    data = tmp_path / "out" / "data"
     began = time.time()
-    while not (data.exists() and list(data.glob("*.parquet"))):
+    while not list(out.glob("data/*.parquet")):
         assert driver.poll() is None
         assert time.time() - began < 120
         time.sleep(0.05)
-    driver.send_signal(number)
-    _, words = driver.communicate(timeout=60)
+    if isinstance(how, signal.Signals):
+        driver.send_signal(how)
+    else:
+        asked = dray("cancel", str(out), "--json")
+        assert asked.returncode == 0, asked.stderr
+        assert json.loads(asked.stdout)["pid"] == driver.pid
+    _, words = driver.communicate(timeout=180)
     assert driver.returncode == 130, words
-    assert "error: stopped" in words
+    assert f"error: {'cancelled by' if how == 'cancel' else f'stopped by {how.name}'}" in words
+    assert f"shards in flight have {grace_s} s to finish" in words
     assert "Traceback" not in words
-    status = json.loads(dray("status", str(tmp_path / "out"), "--json").stdout)
+    parts = {path.name.split("-")[2].removesuffix(".parquet") for path in out.glob("data/*.parquet")}
+    begun = {path.parent.name for path in out.glob(".dray/attempts/*/generate-*.json")}
+    assert parts <= begun
+    assert len(begun) < 24
+    assert (begun == parts) == (grace_s > 0)
+    if how == signal.SIGTERM:
+        return  # the way back is the same
+    status = json.loads(dray("status", str(out), "--json").stdout)
     assert status["locked_by"] is None
-    assert status["runs"][0]["state"] == "interrupted"
-    done = dray("resume", str(tmp_path / "out"), "model.simulated.tokens_per_s=1e6", "--json")
+    assert (status["runs"][0]["state"], status["shards_committed"]) == ("interrupted", len(parts))
+    if how == "cancel":
+        nobody = dray("cancel", str(out))
+        assert nobody.returncode == 2
+        assert "no run writes this output now" in nobody.stderr
+        return
+    done = dray("resume", str(out), "model.simulated.tokens_per_s=1e6", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["stats"]["rows_in"] == 400
+    assert json.loads(done.stdout)["stats"]["rows_in"] == 600

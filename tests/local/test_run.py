@@ -184,6 +184,48 @@ def test_failed_rows_keep_their_place_until_the_budget_is_spent(tmp_path: Path) 
         )
 
 
+def test_a_job_that_begins_to_fail_stops_and_keeps_what_is_committed(tmp_path: Path) -> None:
+    """Good rows, then bad ones of three kinds: over the latest rows there are too many long before there are in all."""
+    asked = write_questions(tmp_path / "in", rows=400)
+    bad = [None, "BOOM", "too long " * 600]
+    texts = [
+        bad[i % 7 % 3] if 200 <= i < 280 else text for i, text in enumerate(asked["question"].to_pylist())
+    ]
+    pq.write_table(asked.set_column(0, "question", pa.array(texts)), tmp_path / "in" / "q000.parquet")
+    settings = job(
+        tmp_path / "in",
+        tmp_path / "out",
+        prompt={"template": "{% if question == 'BOOM' %}{{ 1 // 0 }}{% endif %}{{ question }}"},
+        shards={"rows": 20},
+        pool={"shards_in_flight": 1},
+        model={"simulated": {"tokens_per_s": 2000}},
+        errors={
+            "max_error_rate": 0.25,
+            "window_rows": 60,
+            "window_min_failed": 20,
+            "shutdown_grace_s": 0,
+        },
+    )
+    with pytest.raises(ErrorBudgetSpent) as spent:
+        run(load(settings))
+    lines = str(spent.value).splitlines()
+    assert "of the latest 60 rows failed" in lines[0]
+    assert [line.split(":")[0].strip() for line in lines[1:4]] == [
+        "missing_value",
+        "prompt_error",
+        "prompt_too_long",
+    ]
+    assert all(", for example " in line and "q000.parquet#2" in line for line in lines[1:4])
+    found = status(Storage(str(tmp_path / "out")))
+    assert found["runs"][0]["state"] == "failed"
+    assert 10 < found["shards_committed"] < 20
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").glob("*.parquet")}
+
+    report = run(load(settings, ["errors.window_rows=null"]))
+    assert report.stats.rows_failed == 80
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
 def test_failed_rows_may_go_to_a_folder_of_their_own(tmp_path: Path) -> None:
     asked = write_questions(tmp_path / "in", rows=40)
     broken = asked.set_column(0, "question", pa.array([None, *asked["question"].to_pylist()[1:]]))

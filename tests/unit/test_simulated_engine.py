@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,26 @@ async def test_stopping_fails_what_is_in_flight(source: str) -> None:
 async def test_a_missing_model_is_a_start_error(tmp_path: Path) -> None:
     with pytest.raises(EngineStartError, match="no such folder"):
         await engine_for(str(tmp_path / "nowhere")).start()
+
+
+async def test_the_latest_token_is_that_of_a_request_in_flight(source: str) -> None:
+    """An idle engine gives none, and neither does one that hangs: what the watchdog tells apart by its requests."""
+    engine = engine_for(source, simulated={"tokens_per_s": 50, "stalls_of": 7, "min_tokens": 8})
+    await engine.start()
+    started = engine.last_token_at
+    await asyncio.sleep(0.05)
+    assert engine.last_token_at == started
+    answer = asyncio.create_task(engine.generate("a", [5], None))
+    await asyncio.sleep(0.05)
+    assert started < engine.last_token_at <= time.monotonic()
+    await answer
+    ended = engine.last_token_at
+    await asyncio.sleep(0.05)
+    assert engine.last_token_at == ended
+    hanging = asyncio.create_task(engine.generate("b", [7], None))
+    await asyncio.sleep(0.05)
+    assert engine.last_token_at == ended
+    hanging.cancel()
+    await asyncio.gather(hanging, return_exceptions=True)
+    assert engine.last_token_at == ended
+    await engine.stop()
