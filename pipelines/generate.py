@@ -25,7 +25,6 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 
-from pipelines.admission import Gate, admission_policy
 from pipelines.answering import Answering, Started
 from pipelines.attempts import Attempt, Attempts, History, clear_attempts
 from pipelines.code import check_code
@@ -190,7 +189,7 @@ class Generate:
     def _open_once(self) -> Started:
         engine = open_engine(self.work.model, self.work.sampling, self.work.pool)
         info = asyncio.run(engine.start())
-        return Started(engine, info, Gate(admission_policy(self.work.pool.admission, info.max_num_seqs)))
+        return Started.of(engine, info, self.work)
 
     async def _end(self, reason: str) -> NoReturn:
         """The engine is dead: say so in the records of all shards that it had, and end this process."""

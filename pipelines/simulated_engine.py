@@ -8,14 +8,14 @@ import heapq
 import itertools
 import struct
 import time
-from collections.abc import Sequence
+from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.engine import Answer, EngineInfo, Sample, check_prompt
+from pipelines.engine import Answer, EngineInfo, Sample, TokenIds, check_prompt
 from pipelines.errors import EngineDied, EngineStartError, ModelError, RowError
 from pipelines.settings import ModelSettings, SamplingSettings
 from pipelines.tokenizer import load_tokenizer
@@ -67,7 +67,7 @@ class SimulatedEngine:
             ready_at=time.time(),
         )
 
-    async def generate(self, request_id: str, token_ids: Sequence[int], seed: int | None) -> Answer:
+    async def generate(self, request_id: str, token_ids: TokenIds, seed: int | None) -> Answer:
         if not self._ready:
             raise EngineDied("the simulated engine is not running")
         if self._clock is None:  # belongs to the loop of the first request, which may not be that of `start`
@@ -90,6 +90,10 @@ class SimulatedEngine:
         if self._clock is not None and not self._clock.stalled:
             self._last_token_at = time.monotonic()  # tokens flow all the time
         return self._last_token_at
+
+    @property
+    def output_tokens(self) -> int:
+        return int(self._clock.served) if self._clock is not None else 0
 
     def kill(self) -> None:
         self._ready = False
@@ -115,7 +119,10 @@ class SimulatedEngine:
         else:  # like vLLM, the tokens of an answer end in the stop token
             ids[-1], finish_reason = self._stop_id, "stop"
         return Sample(
-            token_ids=ids, text=None, finish_reason=finish_reason, logprobs=self._logprobs(ids, random)
+            token_ids=array("i", ids),
+            text=None,
+            finish_reason=finish_reason,
+            logprobs=self._logprobs(ids, random),
         )
 
     def _logprobs(self, ids: list[int], random: npt.NDArray[np.uint32]) -> list[dict[str, Any]] | None:
@@ -158,6 +165,7 @@ class _SharedClock:
         self._order = itertools.count()
         self._active = 0
         self._virtual = 0.0
+        self._served = 0.0
         self._updated = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
@@ -180,6 +188,12 @@ class _SharedClock:
                 self._set_timer()
             raise
         return self._loop.time() - began
+
+    @property
+    def served(self) -> float:
+        """Tokens so far, over all requests."""
+        self._advance()
+        return self._served
 
     @property
     def stalled(self) -> bool:
@@ -207,6 +221,7 @@ class _SharedClock:
         now = self._loop.time()
         if self._active:
             self._virtual += (now - self._updated) * self._rate / self._active
+            self._served += (now - self._updated) * self._rate
         self._updated = now
 
     def _set_timer(self) -> None:
