@@ -24,11 +24,11 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipelines.answering import Answering, Started  # noqa: E402
-from pipelines.contracts import PROMPT_SCHEMA, Shard, Work  # noqa: E402
-from pipelines.engine import Answer, EngineInfo, Sample, check_prompt  # noqa: E402
-from pipelines.settings import ErrorSettings, PoolSettings, SamplingSettings  # noqa: E402
-from pipelines.stage import Parcel  # noqa: E402
+from pipelines.answering import Answering, Started
+from pipelines.contracts import PROMPT_SCHEMA, Shard, Work
+from pipelines.engine import Answer, EngineInfo, Sample, check_prompt
+from pipelines.settings import ErrorSettings, PoolSettings, SamplingSettings
+from pipelines.stage import Parcel
 
 WORK = cast(
     "Work",
