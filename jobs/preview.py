@@ -15,7 +15,6 @@ from jobs.cutting import cut_lazily
 from jobs.loading import LoadedJob
 from jobs.proposal import input_schema, work_of
 from jobs.spec import needed_columns
-from pipelines.admission import Gate, admission_policy
 from pipelines.answering import Answering, Started
 from pipelines.contracts import Shard, Work
 from pipelines.detokenize import Detokenizer
@@ -83,9 +82,7 @@ def _first_rows(prepare: Prepare, shards: Iterable[Shard], rows: int) -> Parcel:
 async def _answer(parcel: Parcel, work: Work) -> Parcel:
     engine = open_engine(work.model, work.sampling, work.pool)
     try:
-        info = await engine.start()
-        gate = Gate(admission_policy(work.pool.admission, info.max_num_seqs))
-        started = Started(engine, info, gate)
+        started = Started.of(engine, await engine.start(), work)
         answering = Answering(parcel, work, started, itertools.count(), priority=0)
         await answering.run(answering.answerable)
         return answering.parcel(attempt=1, engine_deaths=0)

@@ -2,107 +2,114 @@
 
 A steady trickle of new prompts halves a small model's speed on an H200 (design §5: 25.2 k output tokens/s against 51.2 k in
 waves), because each step that mixes a prefill into a full batch of decodes misses the captured CUDA graph.
+
+    shards' lines ──► Gate: the oldest shard first, as much as the KV cache holds ──► policy: now or later ──► engine
 """
 
 from __future__ import annotations
 
-import asyncio
 import heapq
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pipelines.adaptive import Adaptive
+from pipelines.engine import Engine, EngineInfo
 from pipelines.settings import AdmissionSettings
+from pipelines.waves import AdmissionPolicy, Continuous, Load, Wave
 
 
-class AdmissionPolicy(Protocol):
-    """Decides from the number of requests in flight how many more may enter now."""
+class Line(Protocol):
+    """The requests of one shard that wait before the gate, in an order of the line's own."""
 
-    def room(self, in_flight: int) -> int:
-        """Requests that may enter now; 0 or less for none. Called after every change of `in_flight`."""
+    def __len__(self) -> int:
+        """Requests that wait."""
 
+    def peek(self) -> int:
+        """KV-cache tokens to keep for the first in line; the line has one."""
 
-@dataclass
-class Continuous:
-    """A request enters as soon as one of `high` slots is free."""
-
-    high: int
-
-    def room(self, in_flight: int) -> int:
-        return self.high - in_flight
-
-
-@dataclass
-class Wave:
-    """Fills up to `high`, then admits none until only `low` are left."""
-
-    high: int
-    low: int
-    _filling: bool = True
-
-    def room(self, in_flight: int) -> int:
-        if in_flight >= self.high:
-            self._filling = False
-        elif in_flight <= self.low:
-            self._filling = True
-        return self.high - in_flight if self._filling else 0
-
-
-def admission_policy(settings: AdmissionSettings, max_num_seqs: int) -> AdmissionPolicy:
-    """The policy of a job for an engine that runs `max_num_seqs` requests at once."""
-    high = settings.high or max_num_seqs
-    if settings.policy == "continuous":
-        return Continuous(high)
-    # Low at three quarters: 49.7–51.2 k tokens/s at 384–448 of 512, 46.5 k at 256 of 512 (0.5B, one H200).
-    return Wave(high, settings.low if settings.low is not None else high * 3 // 4)
+    def start(self, kv_tokens: int) -> None:
+        """Begin the first in line, which `peek` gave `kv_tokens`. When it ends, `Gate.leave(kv_tokens)` is due."""
 
 
 @dataclass
 class Gate:
-    """Lets requests into one engine in the order of their shard, as the policy allows.
+    """Lets requests into one engine: the oldest shard's first, while the KV cache has room and the policy allows.
 
-    Each shard has one request waiting here at most, so that the cost does not depend on the shards' sizes.
+    Nobody overtakes the first in line for want of KV cache, and it may enter an empty engine whatever its size, so none
+    waits for ever. Everything happens inside `enter` and `leave`, in O(log lines) per request; there is a line for each
+    shard in flight. For one event loop, or one thread.
     """
 
     policy: AdmissionPolicy
-    in_flight: int = 0
+    kv_tokens: int | None = None
+    """Tokens that the engine's KV cache holds; None: no bound."""
+    clock: Callable[[], float] = time.monotonic
+    load: Load = field(default_factory=Load)
     busy_since: float = 0.0
-    """`time.monotonic()` at which the first of the requests now in flight entered an idle engine."""
-    _room: int = 0
-    _waiting: list[tuple[int, int, asyncio.Future[None]]] = field(default_factory=list)
+    """`clock()` at which the first of the requests now in flight entered an idle engine."""
+    _lines: list[tuple[int, int, Line]] = field(default_factory=list)
     _arrivals: int = 0
 
-    async def enter(self, priority: int) -> None:
-        """Wait for a place; the lowest `priority` goes first. Every `enter` needs one `leave`."""
-        self._admit()
-        if self._room > 0 and not self._waiting:
-            self._take()
-            return
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    @property
+    def in_flight(self) -> int:
+        return self.load.in_flight
+
+    def enter(self, priority: int, line: Line) -> None:
+        """Queue a shard's requests; the lowest `priority` goes first. `line` does not grow afterwards."""
         self._arrivals += 1
-        heapq.heappush(self._waiting, (priority, self._arrivals, place))
-        try:
-            await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self.leave()
-            raise
-
-    def leave(self) -> None:
-        """A request has been answered, has failed or was cancelled."""
-        self.in_flight -= 1
+        heapq.heappush(self._lines, (priority, self._arrivals, line))
+        self.load.waiting += len(line)
         self._admit()
 
-    def _take(self) -> None:
-        if not self.in_flight:
-            self.busy_since = time.monotonic()
-        self.in_flight += 1
-        self._room -= 1
+    def withdraw(self, line: Line) -> None:
+        """Give up what waits in `line`; what was started leaves when it ends. Safe for a line that is not here."""
+        kept = [entry for entry in self._lines if entry[2] is not line]
+        if len(kept) < len(self._lines):
+            heapq.heapify(kept)
+            self._lines = kept
+            self.load.waiting -= len(line)
+            self._admit()
+
+    def leave(self, kv_tokens: int) -> None:
+        """A request has been answered, has failed or was cancelled; `kv_tokens` as it was started with."""
+        self.load.in_flight -= 1
+        self.load.kv_tokens -= kv_tokens
+        self._admit()
 
     def _admit(self) -> None:
-        self._room = self.policy.room(self.in_flight)
-        while self._room > 0 and self._waiting:
-            _, _, place = heapq.heappop(self._waiting)
-            if not place.cancelled():
-                self._take()
-                place.set_result(None)
+        load = self.load
+        while self._lines:
+            line = self._lines[0][2]
+            if not len(line):
+                heapq.heappop(self._lines)
+                continue
+            kv_tokens = line.peek()
+            fits = self.kv_tokens is None or load.kv_tokens + kv_tokens <= self.kv_tokens
+            if not self.policy.admits(load, fits or not load.in_flight):
+                return
+            if not load.in_flight:
+                self.busy_since = self.clock()
+            load.in_flight += 1
+            load.kv_tokens += kv_tokens
+            load.waiting -= 1
+            line.start(kv_tokens)
+
+
+def gate_of(settings: AdmissionSettings, engine: Engine, info: EngineInfo) -> Gate:
+    """The gate before an engine that has started."""
+    return Gate(admission_policy(settings, info.max_num_seqs, lambda: engine.output_tokens), info.kv_tokens)
+
+
+def admission_policy(
+    settings: AdmissionSettings, max_num_seqs: int, output_tokens: Callable[[], int]
+) -> AdmissionPolicy:
+    """The policy of a job for an engine that runs `max_num_seqs` requests at once and has made `output_tokens`."""
+    high = settings.high or max_num_seqs
+    if settings.policy == "continuous":
+        return Continuous(high)
+    if settings.policy == "adaptive":
+        return Adaptive(high, output_tokens)
+    # Low at three quarters: 49.7–51.2 k tokens/s at 384–448 of 512, 46.5 k at 256 of 512 (0.5B, one H200).
+    return Wave(high, settings.low if settings.low is not None else high * 3 // 4)

@@ -5,31 +5,41 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import math
 import os
 import socket
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from pipelines.admission import Gate
+from pipelines.admission import Gate, gate_of
 from pipelines.contracts import GENERATION_SCHEMA, Work
 from pipelines.engine import Answer, Engine, EngineInfo
 from pipelines.errors import EngineDied, RowError
 from pipelines.histogram import Histogram
+from pipelines.lengths import HELD, LITTLE, Lengths, Rows
 from pipelines.stage import Parcel
 
 
 @dataclass(frozen=True)
 class Started:
-    """An engine that is ready, and the gate before it."""
+    """An engine that is ready, the gate before it, and how long its answers are."""
 
     engine: Engine
     info: EngineInfo
     gate: Gate
+    lengths: Lengths
+
+    @classmethod
+    def of(cls, engine: Engine, info: EngineInfo, work: Work) -> Started:
+        gate = gate_of(work.pool.admission, engine, info)
+        return cls(engine, info, gate, Lengths(work.sampling, info.max_model_len))
 
 
 class Answering:
@@ -45,9 +55,13 @@ class Answering:
     ) -> None:
         assert parcel.prompts is not None
         self._parcel, self._prompts = parcel, parcel.prompts
-        self._work, self._started = work, started
+        self._work, self.started = work, started
         self._numbers, self._priority = request_numbers, priority
-        self._token_ids = self._prompts["token_ids"].combine_chunks()
+        token_ids = self._prompts["token_ids"].combine_chunks()
+        self.answerable: list[int] = np.flatnonzero(token_ids.is_valid()).tolist()
+        """Positions of the rows that have a prompt."""
+        self._token_ids = token_ids.values.to_numpy()
+        self._ends: list[int] = token_ids.offsets.to_pylist()
         self._max_tokens: list[int | None] = self._prompts["max_tokens"].to_pylist()
         self._results: list[Answer | RowError | None] = [None] * len(self._prompts)
         self._latencies: list[float] = []
@@ -60,21 +74,19 @@ class Answering:
         ids: list[str] = self._prompts["row_id"].to_pylist()
         return ids
 
-    @cached_property
-    def answerable(self) -> list[int]:
-        """Positions of the rows that have a prompt."""
-        return [row for row, valid in enumerate(self._token_ids.is_valid().to_pylist()) if valid]
-
-    async def run(self, rows: Iterable[int]) -> None:
+    async def run(self, rows: Sequence[int]) -> None:
         """Answer the prompts at these positions. Raises what is not one row's fault, after aborting the rest."""
-        gate = self._started.gate
+        if not rows:
+            return
+        gate = self.started.gate
         try:
             async with asyncio.TaskGroup() as group:
-                for row in rows:
-                    await gate.enter(self._priority)
-                    self._first_admitted = self._first_admitted or time.monotonic()
-                    # A callback, not a `finally`: a task that is cancelled before its first step never runs one.
-                    group.create_task(self._row(row)).add_done_callback(lambda _: gate.leave())
+                line = _Line(self, rows, group, gate)
+                gate.enter(self._priority, line)
+                try:
+                    await line.begun
+                finally:
+                    gate.withdraw(line)
         except* Exception as errors:  # noqa: BLE001 - re-raised as one
             # One cause is enough to fail the shard; an engine's death explains all the others.
             causes = list(_leaves(errors))
@@ -89,7 +101,7 @@ class Answering:
         ended = time.monotonic()
         answers = [result for result in self._results if isinstance(result, Answer)]
         first = self._first_admitted or ended
-        info = self._started.info
+        info = self.started.info
         return Parcel(
             shard=self._parcel.shard,
             rows=self._parcel.rows,
@@ -111,27 +123,74 @@ class Answering:
             engine_ready_at=info.ready_at,
         )
 
-    async def _row(self, row: int) -> None:
-        began = time.monotonic()
-        try:
-            self._results[row] = await self._answer(
-                self._token_ids[row].values.to_pylist(), self.row_ids[row], self._max_tokens[row]
-            )
-            self._latencies.append(time.monotonic() - began)
-        except RowError as error:
-            self._results[row] = error
+    def prompt_tokens(self, row: int) -> int:
+        return self._ends[row + 1] - self._ends[row]
 
-    async def _answer(self, token_ids: Sequence[int], row_id: str, max_tokens: int | None) -> Answer:
-        seed = None if self._work.sampling.seed is None else row_seed(self._work.sampling.seed, row_id)
-        request_id = f"{self._work.run_id}-{next(self._numbers)}"
-        limit, began = self._work.errors.request_timeout_s, time.monotonic()
+    def max_tokens(self, row: int) -> int | None:
+        """The row's own, where it has one."""
+        return self._max_tokens[row]
+
+    async def answer(self, row: int) -> None:
+        """One row that has entered the engine."""
+        began = time.monotonic()
+        self._first_admitted = self._first_admitted or began
+        engine, limit, seed = self.started.engine, self._work.errors.request_timeout_s, None
+        if self._work.sampling.seed is not None:
+            seed = row_seed(self._work.sampling.seed, self.row_ids[row])
+        token_ids = self._token_ids[self._ends[row] : self._ends[row + 1]]
         try:
             async with asyncio.timeout(limit):
-                return await self._started.engine.generate(request_id, token_ids, seed, max_tokens)
+                answer = await engine.generate(
+                    f"{self._work.run_id}-{next(self._numbers)}", token_ids, seed, self._max_tokens[row]
+                )
         except TimeoutError:
-            if self._started.engine.last_token_at < began:
+            if engine.last_token_at < began:
                 raise EngineDied(f"no token from any request for {limit:g} s") from None
-            raise RowError("request_timeout", f"no answer within {limit:g} s") from None
+            self._results[row] = RowError("request_timeout", f"no answer within {limit:g} s")
+        except RowError as error:
+            self._results[row] = error
+        else:
+            self._results[row] = answer
+            self._latencies.append(time.monotonic() - began)
+            tokens = sum(len(sample.token_ids) for sample in answer.samples)
+            self.started.lengths.learn(len(token_ids), tokens, self._max_tokens[row])
+
+
+class _Line:
+    """`pipelines.admission.Line` of the rows of one `run`; when little is left, the longest predicted answer first."""
+
+    def __init__(
+        self, answering: Answering, rows: Iterable[int], group: asyncio.TaskGroup, gate: Gate
+    ) -> None:
+        self._answering, self._group, self._gate = answering, group, gate
+        self._lengths = answering.started.lengths
+        self._waiting = Rows(rows, answering.prompt_tokens, self._lengths, answering.max_tokens)
+        self._first = -1
+        self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when all rows have entered the engine."""
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def peek(self) -> int:
+        load = self._gate.load
+        self._first = self._waiting.first(longest=load.waiting <= LITTLE * load.in_flight)
+        prompt_tokens = self._answering.prompt_tokens(self._first)
+        expected = self._lengths.predict(prompt_tokens, self._answering.max_tokens(self._first))
+        return prompt_tokens + math.ceil(HELD * expected)
+
+    def start(self, kv_tokens: int) -> None:
+        self._waiting.take(self._first)
+        # A callback, not a `finally`: a task that is cancelled before its first step never runs one.
+        task = self._group.create_task(self._answering.answer(self._first))
+        task.add_done_callback(partial(self._ended, kv_tokens))
+        if not self._waiting and not self.begun.done():
+            self.begun.set_result(None)
+
+    def _ended(self, kv_tokens: int, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or task.exception() is not None:
+            self._gate.withdraw(self)  # the group takes no new ones
+        self._gate.leave(kv_tokens)
 
 
 def row_seed(seed: int, row_id: str) -> int:
@@ -150,27 +209,40 @@ def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:
 
 def _generation_table(prompts: pa.Table, results: Sequence[Answer | RowError | None]) -> pa.Table:
     """`GENERATION_SCHEMA`: one row per sample, or one row with the error of a prompt that got none."""
-    columns: dict[str, list[Any]] = {name: [] for name in GENERATION_SCHEMA.names}
-
-    def add(**values: Any) -> None:
-        for name, column in columns.items():
-            column.append(values.get(name))
-
     codes, messages = prompts["error_code"].to_pylist(), prompts["error_message"].to_pylist()
+    rows: list[tuple[Any, ...]] = []
+    token_ids: list[Any] = []
     for row, result in enumerate(results):
         if isinstance(result, Answer):
             for index, sample in enumerate(result.samples):
-                add(
-                    row=row,
-                    sample_index=index,
-                    token_ids=sample.token_ids,
-                    text=sample.text,
-                    finish_reason=sample.finish_reason,
-                    cached_tokens=result.cached_tokens,
-                    logprobs=sample.logprobs,
+                token_ids.append(sample.token_ids)
+                rows.append(
+                    (
+                        row,
+                        index,
+                        sample.text,
+                        sample.finish_reason,
+                        result.cached_tokens,
+                        sample.logprobs,
+                        None,
+                        None,
+                    )
                 )
-        elif isinstance(result, RowError):
-            add(row=row, sample_index=0, error_code=result.code, error_message=str(result))
         else:
-            add(row=row, sample_index=0, error_code=codes[row], error_message=messages[row])
-    return pa.table(columns, schema=GENERATION_SCHEMA)
+            code, message = (
+                (result.code, str(result)) if isinstance(result, RowError) else (codes[row], messages[row])
+            )
+            token_ids.append(None)
+            rows.append((row, 0, None, None, None, None, code, message))
+    names = [name for name in GENERATION_SCHEMA.names if name != "token_ids"]
+    columns: dict[str, Any] = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else {}
+    columns = {name: columns.get(name, ()) for name in names} | {"token_ids": _lists(token_ids)}
+    return pa.table({name: columns[name] for name in GENERATION_SCHEMA.names}, schema=GENERATION_SCHEMA)
+
+
+def _lists(rows: Sequence[array[int] | None]) -> pa.ListArray:
+    """Arrays of C ints as one Arrow array, without a Python object per token."""
+    ends = np.cumsum([0, *(0 if row is None else len(row) for row in rows)], dtype=np.int32)
+    values = np.frombuffer(b"".join(row for row in rows if row is not None), np.int32)
+    missing = pa.array([row is None for row in rows], pa.bool_())
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values), mask=missing)

@@ -25,7 +25,6 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 
-from pipelines.admission import Gate, admission_policy
 from pipelines.answering import Answering, Started
 from pipelines.attempts import Attempt, Attempts, History, clear_attempts
 from pipelines.code import check_code
@@ -199,7 +198,7 @@ class Generate:
     def _open_once(self) -> Started:
         engine = open_engine(self.work.model, self.work.sampling, self.work.pool)
         info = asyncio.run(engine.start())
-        return Started(engine, info, Gate(admission_policy(self.work.pool.admission, info.max_num_seqs)))
+        return Started.of(engine, info, self.work)
 
     def _begin_end(self, reason: str) -> None:
         """The engine is dead: from now on nothing begins, and this process ends."""

@@ -226,17 +226,20 @@ class OutputSettings(Settings):
 
 
 class AdmissionSettings(Settings):
-    """When requests enter the engine (design §5): `wave` fills to `high` and waits until `low` are left."""
+    """When requests enter the engine (design §5). Under each policy no more than its KV cache holds."""
 
-    policy: Literal["wave", "continuous"] = "wave"
-    """`continuous` admits a request as soon as one leaves."""
+    policy: Literal["wave", "continuous", "adaptive"] = "wave"
+    """`wave` fills to `high` and waits until `low` are left; `continuous` admits a request as soon as one leaves;
+    `adaptive` measures in the run's first minutes which of both is faster, and with which watermarks."""
     high: PositiveInt | None = None
     """Most requests in flight; default: the engine's max_num_seqs."""
     low: PositiveInt | None = None
-    """`wave` admits again when this many are left; default: three quarters of `high`."""
+    """Only for `wave`, which admits again when this many are left; default: three quarters of `high`."""
 
     @model_validator(mode="after")
     def _ordered(self) -> AdmissionSettings:
+        if self.low and self.policy != "wave":
+            raise ValueError(f"low is the wave policy's; {self.policy} has none")
         if self.high and self.low and self.low > self.high:
             raise ValueError(f"low {self.low} is above high {self.high}")
         return self

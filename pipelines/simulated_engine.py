@@ -8,14 +8,14 @@ import heapq
 import itertools
 import struct
 import time
-from collections.abc import Sequence
+from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.engine import Answer, EngineInfo, Sample, check_prompt
+from pipelines.engine import Answer, EngineInfo, Sample, TokenIds, check_prompt
 from pipelines.errors import EngineDied, EngineStartError, ModelError, RowError
 from pipelines.settings import ModelSettings, SamplingSettings
 from pipelines.tokenizer import load_tokenizer
@@ -68,7 +68,7 @@ class SimulatedEngine:
         )
 
     async def generate(
-        self, request_id: str, token_ids: Sequence[int], seed: int | None, max_tokens: int | None = None
+        self, request_id: str, token_ids: TokenIds, seed: int | None, max_tokens: int | None = None
     ) -> Answer:
         if not self._ready:
             raise EngineDied("the simulated engine is not running")
@@ -94,6 +94,10 @@ class SimulatedEngine:
             self._last_token_at = max(self._last_token_at, self._clock.last_token_at)
         return self._last_token_at
 
+    @property
+    def output_tokens(self) -> int:
+        return int(self._clock.served) if self._clock is not None else 0
+
     def kill(self) -> None:
         self._ready = False
 
@@ -118,7 +122,10 @@ class SimulatedEngine:
         else:  # like vLLM, the tokens of an answer end in the stop token
             ids[-1], finish_reason = self._stop_id, "stop"
         return Sample(
-            token_ids=ids, text=None, finish_reason=finish_reason, logprobs=self._logprobs(ids, random)
+            token_ids=array("i", ids),
+            text=None,
+            finish_reason=finish_reason,
+            logprobs=self._logprobs(ids, random),
         )
 
     def _logprobs(self, ids: list[int], random: npt.NDArray[np.uint32]) -> list[dict[str, Any]] | None:
@@ -161,6 +168,7 @@ class _SharedClock:
         self._order = itertools.count()
         self._active = 0
         self._virtual = 0.0
+        self._served = 0.0
         self._updated = self._served_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
@@ -190,6 +198,12 @@ class _SharedClock:
         self._advance()
         return self._served_at
 
+    @property
+    def served(self) -> float:
+        """Tokens so far, over all requests."""
+        self._advance()
+        return self._served
+
     def stall(self) -> None:
         """Serve nothing any more."""
         self._stopped = True
@@ -213,6 +227,7 @@ class _SharedClock:
         if self._active:
             self._served_at = self._served_at if self._stopped else now
             self._virtual += (now - self._updated) * self._rate / self._active
+            self._served += (now - self._updated) * self._rate
         self._updated = now
 
     def _set_timer(self) -> None:

@@ -7,7 +7,8 @@ import contextlib
 import gc
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import psutil
 
 from pipelines import vllm_log
-from pipelines.engine import Answer, EngineInfo, Sample, check_prompt
+from pipelines.engine import Answer, EngineInfo, Sample, TokenIds, check_prompt
 from pipelines.engine_args import check_engine_args
 from pipelines.errors import EngineDied, EngineStartError, RowError, ShardError
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
@@ -45,6 +46,7 @@ class VLLMEngine:
         self._in_flight: set[str] = set()
         self._family: list[psutil.Process] = []
         self._last_token_at = 0.0
+        self._output_tokens = 0
         self._log: Path | None = None
         self._log_offset = 0
 
@@ -70,12 +72,13 @@ class VLLMEngine:
             device=_device_name(),
             max_model_len=self._max_model_len,
             max_num_seqs=max(1, int(config.scheduler_config.max_num_seqs) // self._sampling.n),
+            kv_tokens=_kv_tokens(config.cache_config),
             start_s=time.monotonic() - began,
             ready_at=time.time(),
         )
 
     async def generate(
-        self, request_id: str, token_ids: Sequence[int], seed: int | None, max_tokens: int | None = None
+        self, request_id: str, token_ids: TokenIds, seed: int | None, max_tokens: int | None = None
     ) -> Answer:
         """See `Engine.generate`. `seed` fits into 63 bits; vLLM adds the sample index to it."""
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -114,6 +117,10 @@ class VLLMEngine:
     def last_token_at(self) -> float:
         return self._last_token_at
 
+    @property
+    def output_tokens(self) -> int:
+        return self._output_tokens
+
     async def stop(self) -> None:
         """End EngineCore and its workers, also after a cancelled start; requests still in flight get EngineDied."""
         building, self._building = self._building, None
@@ -147,7 +154,7 @@ class VLLMEngine:
                 raise ShardError(f"vLLM ended a request with finish_reason {completion.finish_reason!r}")
             samples.append(
                 Sample(
-                    token_ids=completion.token_ids,
+                    token_ids=array("i", completion.token_ids),
                     text=completion.text if self._params.detokenize else None,
                     finish_reason=completion.finish_reason,
                     logprobs=None if completion.logprobs is None else _logprob_rows(completion.logprobs),
@@ -202,15 +209,16 @@ class VLLMEngine:
             # max_num_batched_tokens 4,096 on a CPU and 16,384 on an H200, where AsyncLLM alone would take 2,048.
             # Not a local of this thread's frames: tracebacks of failed optional imports would keep it alive.
             self._llm = AsyncLLM.from_engine_args(
-                args, usage_context=UsageContext.LLM_CLASS, stat_loggers=[_token_watch(self._note_token)]
+                args, usage_context=UsageContext.LLM_CLASS, stat_loggers=[_token_watch(self._note_tokens)]
             )
         self._family = psutil.Process().children(recursive=True)
         self._last_token_at = time.monotonic()
         if not _is_fast(self._llm.tokenizer):
             self._params.detokenize = True
 
-    def _note_token(self) -> None:
+    def _note_tokens(self, count: int) -> None:
         self._last_token_at = time.monotonic()
+        self._output_tokens += count
 
     # ── Reasons ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -269,8 +277,19 @@ def _shut_down(last_reference: list[Any]) -> None:
     gc.collect()
 
 
-def _token_watch(note_token: Callable[[], None]) -> Any:
-    """A stat logger that only notes tokens, in the place of vLLM's Prometheus one: metrics per request without its cost."""
+def _kv_tokens(cache_config: Any) -> int | None:
+    """What EngineCore reports of its KV cache when it is ready (0.26 to 0.32); None for a model that has none.
+
+    Its own figure where it gives one: for hybrid models blocks × block size is too much.
+    """
+    tokens = getattr(cache_config, "kv_cache_size_tokens", None)
+    if tokens is None:
+        tokens = (cache_config.num_gpu_blocks or 0) * (cache_config.block_size or 0)
+    return int(tokens) or None
+
+
+def _token_watch(note_tokens: Callable[[int], None]) -> Any:
+    """A stat logger that only counts tokens, in the place of vLLM's Prometheus one: metrics per request without its cost."""
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     class TokenWatch(PrometheusStatLogger):  # type: ignore[misc]  # vLLM adds its own unless it finds this class
@@ -280,7 +299,7 @@ def _token_watch(note_token: Callable[[], None]) -> Any:
         def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
             # Called for each step's outputs, also with FINAL_ONLY, where a request's tokens are seen only at its end.
             if iteration_stats is not None and iteration_stats.num_generation_tokens:
-                note_token()
+                note_tokens(iteration_stats.num_generation_tokens)
 
         def log(self) -> None:
             pass

@@ -147,6 +147,26 @@ def test_a_small_input_feeds_all_engines_but_not_with_crumbs() -> None:
     assert len(cut(files, "", rows=10)) == 100  # asked for
 
 
+def test_auto_cuts_finer_towards_the_end() -> None:
+    """The last shards are small enough that engines end together, and large enough to fill one."""
+    files = [parquet("a", 70_000), parquet("b", 60_000)]
+    how = {"target_tokens": 8_000 * (250 + 256), "output_tokens": 256.0}
+    sizes = [n or 0 for n in rows_of(cut(files, "", feed=6, **how))]
+    largest = max(sizes)
+    assert sum(sizes) == 130_000
+    assert sizes[0] >= largest - 1
+    assert largest / 5 < sizes[-1] <= largest / 3
+    done = 0
+    for size in sizes:
+        assert size <= max((130_000 - done) / 12, largest / 4) * 1.01 or done + size > 130_000 - largest
+        done += size
+    assert len(set(rows_of(cut(files[:1], "", feed=1, **how)))) <= 2  # a shard at a time: nothing to balance
+    assert (
+        max(rows_of(cut([parquet("c", 4_000)], "", target_tokens=400 * 506, output_tokens=256, feed=6)))
+        == 400
+    )
+
+
 def test_a_job_has_a_bounded_number_of_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cutting, "MAX_SHARDS", 100)
     many = [parquet(f"{i:04}", 50 if i % 2 else 1) for i in range(1000)]
