@@ -113,7 +113,7 @@ async def main_(options: argparse.Namespace, folder: Path) -> None:
         UniformAnswers.shortest, UniformAnswers.longest = 8, 32
     else:
         source, prompt_tokens, vocabulary = model_folder(folder / "model"), 256, 150_000
-        engine_args |= {"load_format": "dummy", "skip_tokenizer_init": True, "enable_prefix_caching": False}
+        engine_args |= {"load_format": "dummy", "enable_prefix_caching": False}
     model = ModelSettings(source=str(source), engine=engine_args)
     policies: dict[str, dict[str, Any]] = {"continuous": {"policy": "continuous"}}
     high = options.max_num_seqs
