@@ -17,7 +17,6 @@ import json
 import random
 import sys
 import tempfile
-from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -31,7 +30,7 @@ from benchmarks.shapes import model_folder  # noqa: E402
 from pipelines.adaptive import Adaptive  # noqa: E402
 from pipelines.answering import Answering, Started  # noqa: E402
 from pipelines.contracts import PROMPT_SCHEMA, Shard, Work  # noqa: E402
-from pipelines.engine import Answer, EngineInfo, TokenIds  # noqa: E402
+from pipelines.engine import EngineInfo  # noqa: E402
 from pipelines.settings import (  # noqa: E402
     ErrorSettings,
     ModelSettings,
@@ -44,30 +43,19 @@ from pipelines.vllm_engine import VLLMEngine  # noqa: E402
 WARM_S, ROWS, SHARDS_IN_FLIGHT = 3.0, 2_000, 3
 
 
-class UniformAnswers(VLLMEngine):
-    """Each request gets a length of its own."""
-
-    dice = random.Random(0)
-    shortest, longest = 64, 256
-
-    async def generate(self, request_id: str, token_ids: TokenIds, seed: int | None) -> Answer:
-        self._params = copy(self._params)
-        self._params.max_tokens = self.dice.randint(self.shortest, self.longest)
-        return await super().generate(request_id, token_ids, seed)
-
-
-def work_with(model: ModelSettings, admission: dict[str, Any]) -> Work:
+def work_with(model: ModelSettings, admission: dict[str, Any], longest: int) -> Work:
     pool = PoolSettings.model_validate({"admission": admission})
-    sampling = SamplingSettings(temperature=0, max_tokens=UniformAnswers.longest, ignore_eos=True)
+    sampling = SamplingSettings(temperature=0, max_tokens=longest, ignore_eos=True)
     return cast(
         "Work",
         SimpleNamespace(run_id="w1", model=model, sampling=sampling, pool=pool, errors=ErrorSettings()),
     )
 
 
-def shard(vocabulary: int, prompt_tokens: int, dice: random.Random) -> Parcel:
+def shard(vocabulary: int, prompt_tokens: int, answers: tuple[int, int], dice: random.Random) -> Parcel:
     ids = [[dice.randrange(10, vocabulary) for _ in range(prompt_tokens)] for _ in range(ROWS)]
-    columns = [[str(i) for i in range(ROWS)], ids, [None] * ROWS, [None] * ROWS]
+    limits = [dice.randint(*answers) for _ in range(ROWS)]
+    columns = [[str(i) for i in range(ROWS)], ids, limits, [None] * ROWS, [None] * ROWS]
     return Parcel(
         shard=Shard(ordinal=0, id="0" * 16, spans=(), rows=ROWS, bytes=0),
         prompts=pa.table(columns, schema=PROMPT_SCHEMA),
@@ -75,10 +63,9 @@ def shard(vocabulary: int, prompt_tokens: int, dice: random.Random) -> Parcel:
 
 
 async def measure(
-    engine: UniformAnswers, info: EngineInfo, work: Work, parcels: list[Parcel], seconds: float
+    engine: VLLMEngine, info: EngineInfo, work: Work, parcels: list[Parcel], seconds: float
 ) -> dict[str, Any]:
     started, numbers, arrivals = Started.of(engine, info, work), itertools.count(), itertools.count()
-    engine.dice.seed(0)
 
     async def supply() -> None:
         for parcel in itertools.cycle(parcels):
@@ -108,12 +95,16 @@ async def measure(
 async def main_(options: argparse.Namespace, folder: Path) -> None:
     engine_args: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": options.max_num_seqs, "seed": 0}
     if options.config == "tiny":
-        source, prompt_tokens, vocabulary = ROOT / "examples" / "tiny-model", 32, 200
+        answers, source, prompt_tokens, vocabulary = (8, 32), ROOT / "examples" / "tiny-model", 32, 200
         engine_args |= {"dtype": "float32", "enforce_eager": True}
-        UniformAnswers.shortest, UniformAnswers.longest = 8, 32
     else:
-        source, prompt_tokens, vocabulary = model_folder("0.5b", folder / "model"), 256, 150_000
-        engine_args |= {"load_format": "dummy", "skip_tokenizer_init": True, "enable_prefix_caching": False}
+        answers, source, prompt_tokens, vocabulary = (
+            (64, 256),
+            model_folder("0.5b", folder / "model"),
+            256,
+            150_000,
+        )
+        engine_args |= {"load_format": "dummy", "enable_prefix_caching": False}
     model = ModelSettings(source=str(source), engine=engine_args)
     policies: dict[str, dict[str, Any]] = {"continuous": {"policy": "continuous"}}
     high = options.max_num_seqs
@@ -121,8 +112,8 @@ async def main_(options: argparse.Namespace, folder: Path) -> None:
         low = max(1, high - high // share)
         policies[f"wave {high} → {low}"] = {"policy": "wave", "low": low}
     policies["adaptive"] = {"policy": "adaptive"}
-    work = work_with(model, {})
-    engine = UniformAnswers(model, work.sampling, work.pool)
+    work = work_with(model, {}, answers[1])
+    engine = VLLMEngine(model, work.sampling, work.pool)
     try:
         info = await engine.start()
         about = {
@@ -133,10 +124,10 @@ async def main_(options: argparse.Namespace, folder: Path) -> None:
         }
         print(json.dumps(about), flush=True)
         dice = random.Random(0)
-        parcels = [shard(vocabulary, prompt_tokens, dice) for _ in range(4)]
+        parcels = [shard(vocabulary, prompt_tokens, answers, dice) for _ in range(4)]
         for name, admission in policies.items():
             seconds = options.adaptive_seconds if name == "adaptive" else options.seconds
-            result = await measure(engine, info, work_with(model, admission), parcels, seconds)
+            result = await measure(engine, info, work_with(model, admission, answers[1]), parcels, seconds)
             print(json.dumps({"policy": name, "in_flight": high, **result}), flush=True)
     finally:
         await engine.stop()

@@ -48,7 +48,9 @@ class AtOnce:
     def __init__(self, answer: list[int]) -> None:
         self._answer = answer
 
-    async def generate(self, request_id: str, token_ids: Any, seed: int | None) -> Answer:
+    async def generate(
+        self, request_id: str, token_ids: Any, seed: int | None, max_tokens: int | None = None
+    ) -> Answer:
         check_prompt(token_ids, 8192)
         await asyncio.sleep(0)
         ids = array("i", self._answer)
@@ -76,7 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     rows, dice = options.rows, np.random.default_rng(0)
     ids = dice.integers(1_000, 150_000, (rows, options.prompt_tokens)).tolist()
-    columns = [[str(i) for i in range(rows)], ids, [None] * rows, [None] * rows]
+    columns = [[str(i) for i in range(rows)], ids, *[[None] * rows] * 3]
     parcel = Parcel(
         shard=Shard(ordinal=0, id="0" * 16, spans=(), rows=rows, bytes=0),
         prompts=pa.table(columns, schema=PROMPT_SCHEMA),
