@@ -220,10 +220,13 @@ async def test_who_waits_for_a_turn_when_the_engine_dies_has_not_been_tried(make
     for number in range(3):
         suspect(work, number)
     actor = Actor(work)
-    calls = [
-        asyncio.create_task(actor(parcel(n, [[POISON]] if n == 0 else healthy(n)).to_batch()))
-        for n in range(3)
-    ]
+    calls = []
+    async with actor._turns.shared(), asyncio.timeout(60):
+        for number in range(3):  # they line up in this order
+            prompts = [[POISON]] if number == 0 else healthy(number)
+            calls.append(asyncio.create_task(actor(parcel(number, prompts).to_batch())))
+            while len(actor._turns._change._waiters) <= number:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
     await asyncio.wait_for(actor.gone.wait(), 60)
     await asyncio.sleep(0.1)
     assert not any(call.done() for call in calls)
