@@ -123,10 +123,9 @@ def preview(target: str, overrides: tuple[str, ...], rows: int, generate: bool, 
 
 def run_job(target: str, overrides: tuple[str, ...], *, relist: bool, quiet: bool, as_json: bool) -> None:
     """Run, with progress on stderr and the summary on stdout."""
+    from jobs.connection import connecting
     from jobs.console import Display, chatter_to, log_folder
     from jobs.ledger import new_run_id
-    from jobs.report import render
-    from jobs.runner import run as run_to_the_end
     from jobs.stopping import StopRequest
     from jobs.target import job_of
 
@@ -137,9 +136,14 @@ def run_job(target: str, overrides: tuple[str, ...], *, relist: bool, quiet: boo
         with (
             StopRequest().on_signals() as stop,
             chatter_to(log) as terminal,
-            Display(terminal, quiet=quiet or as_json) as display,
+            connecting(job.spec),
         ):
-            report = run_to_the_end(job, run_id=run_id, observer=display, relist=relist, stop=stop)
+            # Only now: importing Ray Data takes as long as Ray's own processes take to start.
+            from jobs.report import render
+            from jobs.runner import run as run_to_the_end
+
+            with Display(terminal, quiet=quiet or as_json) as display:
+                report = run_to_the_end(job, run_id=run_id, observer=display, relist=relist, stop=stop)
     except DrayError:
         if not quiet:
             stderr.print(f"log: {log}")

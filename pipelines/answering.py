@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -108,6 +108,7 @@ class Answering:
             device=info.device,
             engine_start_s=info.start_s,
             engine_ready_at=info.ready_at,
+            **{f"engine_{name}": seconds for name, seconds in asdict(info.start_parts).items()},
         )
 
     async def _row(self, row: int) -> None:

@@ -91,6 +91,10 @@ class SimulatedEngine:
             self._last_token_at = time.monotonic()  # tokens flow all the time
         return self._last_token_at
 
+    @property
+    def tokens_generated(self) -> int:
+        return 0 if self._clock is None else self._clock.served
+
     def kill(self) -> None:
         self._ready = False
 
@@ -161,6 +165,7 @@ class _SharedClock:
         self._updated = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
+        self._served = 0.0
 
     async def spend(self, tokens: int) -> float:
         """Wait until `tokens` are served; the seconds that took. Raises EngineDied when the clock is stopped."""
@@ -180,6 +185,12 @@ class _SharedClock:
                 self._set_timer()
             raise
         return self._loop.time() - began
+
+    @property
+    def served(self) -> int:
+        """Tokens so far, of requests that are still waiting as well."""
+        self._advance()
+        return int(self._served)
 
     @property
     def stalled(self) -> bool:
@@ -206,6 +217,7 @@ class _SharedClock:
     def _advance(self) -> None:
         now = self._loop.time()
         if self._active:
+            self._served += (now - self._updated) * self._rate
             self._virtual += (now - self._updated) * self._rate / self._active
         self._updated = now
 
