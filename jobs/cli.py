@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -165,6 +166,57 @@ def run(target: str, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> 
 def resume(target: str, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     """Run what is left of the plan as it stands; the input is not listed again."""
     run_job(target, overrides, relist=False, quiet=quiet, as_json=as_json)
+
+
+@command("tune")
+@job_arguments
+@click.option(
+    "--seconds", type=click.FloatRange(min=5), default=180, show_default=True, help="Time for all of it."
+)
+@click.option(
+    "--prompts", type=click.IntRange(min=1), default=512, show_default=True, help="How many to sample."
+)
+@click.option(
+    "--tensor-parallel", type=click.IntRange(min=1), multiple=True, help="Try this size too; repeatable."
+)
+@click.option("--ngram", is_flag=True, help="Try n-gram speculative decoding too.")
+@click.option("--out", metavar="FILE", help="Where to write; default: conf/tuned/<model>@<gpu>.yaml.")
+def tune(
+    target: str,
+    overrides: tuple[str, ...],
+    seconds: float,
+    prompts: int,
+    tensor_parallel: tuple[int, ...],
+    ngram: bool,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Measure engine settings on the job's prompts; write the fastest to a file for `extends`."""
+    from jobs.console import chatter_to, log_folder
+    from jobs.ledger import new_run_id
+    from jobs.stopping import StopRequest
+    from jobs.target import job_of
+    from jobs.tuned import line_of
+    from jobs.tuned import tune as tune_job
+
+    job = job_of(target, overrides)
+    log = log_folder() / f"tune-{new_run_id()}.log"
+    try:
+        with StopRequest().on_signals(), chatter_to(log) as terminal:
+            tuned = tune_job(
+                job,
+                seconds=seconds,
+                prompts=prompts,
+                tensor_parallel=tensor_parallel,
+                ngram=ngram,
+                out=out,
+                command=shlex.join(["dray", *sys.argv[1:]]),
+                observer=lambda trial: print(line_of(trial), file=terminal),
+            )
+    except DrayError:
+        stderr.print(f"log: {log}")
+        raise
+    show(tuned.to_dict(), tuned.render(), as_json=as_json)
 
 
 @command("status")
