@@ -179,12 +179,16 @@ def resume(target: str, overrides: tuple[str, ...], quiet: bool, as_json: bool) 
 @click.option(
     "--tensor-parallel", type=click.IntRange(min=1), multiple=True, help="Try this size too; repeatable."
 )
+@click.option(
+    "--window", type=click.FloatRange(min=0.5), help="Seconds of one measurement; default: a thirtieth."
+)
 @click.option("--ngram", is_flag=True, help="Try n-gram speculative decoding too.")
 @click.option("--out", metavar="FILE", help="Where to write; default: conf/tuned/<model>@<gpu>.yaml.")
 def tune(
     target: str,
     overrides: tuple[str, ...],
     seconds: float,
+    window: float | None,
     prompts: int,
     tensor_parallel: tuple[int, ...],
     ngram: bool,
@@ -206,6 +210,7 @@ def tune(
             tuned = tune_job(
                 job,
                 seconds=seconds,
+                window_s=window or 0.0,
                 prompts=prompts,
                 tensor_parallel=tensor_parallel,
                 ngram=ngram,

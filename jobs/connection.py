@@ -105,9 +105,17 @@ def _directory_matters(spec: JobSpec) -> bool:
     """Whether something that planning reads may be named relative to the working directory: the user's own module, or
     a file in an environment variable (`AWS_CA_BUNDLE=certs/ca.pem`) or a storage option.
     """
-    options: list[Any] = [*spec.input.storage_options.values(), *spec.output.storage_options.values()]
-    named = [*os.environ.values(), *(value for value in options if isinstance(value, str))]
+    named = [*os.environ.values(), *_texts([spec.input.storage_options, spec.output.storage_options])]
     return spec.prompt.function is not None or any(map(_is_relative, named))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings of nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _is_relative(text: str) -> bool:

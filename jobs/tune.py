@@ -133,6 +133,8 @@ class Sweep:
     most_seqs: int = 1024
     observer: Callable[[Trial], None] = lambda trial: None
     clock: Callable[[], float] = time.monotonic
+    window_s: float = 0.0
+    """Seconds of one measurement; 0: a thirtieth of `seconds`, within 1.5 and 15."""
     began: float | None = None
     """By `clock`; default: when `run` is called."""
     trials: list[Trial] = field(default_factory=list)
@@ -146,10 +148,8 @@ class Sweep:
                 best = trial
         return best
 
-    @property
-    def window_s(self) -> float:
-        """Seconds of one measurement."""
-        return min(15.0, max(1.5, self.seconds / 30))
+    def __post_init__(self) -> None:
+        self.window_s = self.window_s or min(15.0, max(1.5, self.seconds / 30))
 
     def run(self) -> Trial:
         """Sweep until nothing is left to try or no time. Raises EngineStartError when the job's own engines fail to start,

@@ -8,6 +8,7 @@ The processes are in sessions of their own, so that Ctrl-C reaches the sweep alo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import multiprocessing as mp
 import os
@@ -26,6 +27,8 @@ from pipelines.settings import AdmissionSettings, ModelSettings, PoolSettings, S
 
 #: Parts of a window that are looked at apart, to tell how steady the speed is.
 PARTS = 3
+#: Seconds for running engines to stop, after a setup's last measurement.
+STOP_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -72,23 +75,19 @@ class Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
-        family = []
-        for process, ours in self._workers:
-            ours.close()
-            if process.pid is not None:
-                try:
-                    family += [
-                        psutil.Process(process.pid),
-                        *psutil.Process(process.pid).children(recursive=True),
-                    ]
-                except psutil.NoSuchProcess:
-                    continue
-        for process in family:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(family, timeout=20)
+        family: list[psutil.Process] = []
+        for process, _ in self._workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker = psutil.Process(process.pid)
+                family += [worker, *worker.children(recursive=True)]
+        for _, connection in self._workers:
+            connection.close()
+        # Engines that run stop by themselves when the pipe closes, and leave no socket files; those that start are killed.
+        left: list[psutil.Process] = psutil.wait_procs(family, timeout=STOP_S if self.info else 0)[1]
+        for one in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(left, timeout=20)
         for process, _ in self._workers:
             process.join(5)
 

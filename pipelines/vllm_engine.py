@@ -16,7 +16,7 @@ import psutil
 
 from pipelines import vllm_log
 from pipelines.engine import Answer, EngineInfo, Sample, StartParts, check_prompt
-from pipelines.engine_args import check_engine_args
+from pipelines.engine_args import check_engine_args, known_engine_args
 from pipelines.errors import EngineDied, EngineStartError, RowError, ShardError
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
 from pipelines.vllm_defaults import cpu_defaults, gpu_defaults, set_quiet_environment
@@ -205,7 +205,9 @@ class VLLMEngine:
             defaults = gpu_defaults(self._model, self._sampling, self._pool, gpu_bytes)
         # Before the model loads: a mistake here should not cost minutes.
         self._params = _sampling_params(self._sampling)
-        values = {**defaults, **self._model.engine}
+        known = known_engine_args()  # a vLLM without an argument of ours goes without it
+        values = {name: value for name, value in defaults.items() if known is None or name in known}
+        values |= self._model.engine
         args = AsyncEngineArgs(**values)
         compiles = compile_key(_vllm_version(), _device_name(), values)
         with start_turn(self._pool, compiles):
