@@ -27,8 +27,8 @@ _early: Future[None] | None = None
 def connecting(spec: JobSpec) -> Iterator[None]:
     """Begin to connect, beside what the block does first (imports, listing, planning); `connected` inside waits for it.
 
-    Three to four seconds of a run's start, most of them waiting for Ray's own processes. Left out where the working
-    directory matters meanwhile, which is another one while Ray starts, and where the output is finished already.
+    Most of that time is waiting for Ray's own processes. Left out where the working directory matters meanwhile, which is
+    another one while Ray starts, and where the output is finished already.
     """
     global _early
     if _early is not None or _directory_matters(spec) or _finished(spec):
