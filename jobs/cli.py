@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -123,10 +124,9 @@ def preview(target: str, overrides: tuple[str, ...], rows: int, generate: bool, 
 
 def run_job(target: str, overrides: tuple[str, ...], *, relist: bool, quiet: bool, as_json: bool) -> None:
     """Run, with progress on stderr and the summary on stdout."""
+    from jobs.connection import connecting
     from jobs.console import Display, chatter_to, log_folder
     from jobs.ledger import new_run_id
-    from jobs.report import render
-    from jobs.runner import run as run_to_the_end
     from jobs.stopping import StopRequest
     from jobs.target import job_of
 
@@ -137,9 +137,14 @@ def run_job(target: str, overrides: tuple[str, ...], *, relist: bool, quiet: boo
         with (
             StopRequest().on_signals() as stop,
             chatter_to(log) as terminal,
-            Display(terminal, quiet=quiet or as_json) as display,
+            connecting(job.spec),
         ):
-            report = run_to_the_end(job, run_id=run_id, observer=display, relist=relist, stop=stop)
+            # Only now: importing Ray Data takes as long as Ray's own processes take to start.
+            from jobs.report import render
+            from jobs.runner import run as run_to_the_end
+
+            with Display(terminal, quiet=quiet or as_json) as display:
+                report = run_to_the_end(job, run_id=run_id, observer=display, relist=relist, stop=stop)
     except DrayError:
         if not quiet:
             stderr.print(f"log: {log}")
@@ -161,6 +166,62 @@ def run(target: str, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> 
 def resume(target: str, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     """Run what is left of the plan as it stands; the input is not listed again."""
     run_job(target, overrides, relist=False, quiet=quiet, as_json=as_json)
+
+
+@command("tune")
+@job_arguments
+@click.option(
+    "--seconds", type=click.FloatRange(min=5), default=180, show_default=True, help="Time for all of it."
+)
+@click.option(
+    "--prompts", type=click.IntRange(min=1), default=512, show_default=True, help="How many to sample."
+)
+@click.option(
+    "--tensor-parallel", type=click.IntRange(min=1), multiple=True, help="Try this size too; repeatable."
+)
+@click.option(
+    "--window", type=click.FloatRange(min=0.5), help="Seconds of one measurement; default: a thirtieth."
+)
+@click.option("--ngram", is_flag=True, help="Try n-gram speculative decoding too.")
+@click.option("--out", metavar="FILE", help="Where to write; default: conf/tuned/<model>@<gpu>.yaml.")
+def tune(
+    target: str,
+    overrides: tuple[str, ...],
+    seconds: float,
+    window: float | None,
+    prompts: int,
+    tensor_parallel: tuple[int, ...],
+    ngram: bool,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Measure engine settings on the job's prompts; write the fastest to a file for `extends`."""
+    from jobs.console import chatter_to, log_folder
+    from jobs.ledger import new_run_id
+    from jobs.stopping import StopRequest
+    from jobs.target import job_of
+    from jobs.tuned import line_of
+    from jobs.tuned import tune as tune_job
+
+    job = job_of(target, overrides)
+    log = log_folder() / f"tune-{new_run_id()}.log"
+    try:
+        with StopRequest().on_signals(), chatter_to(log) as terminal:
+            tuned = tune_job(
+                job,
+                seconds=seconds,
+                window_s=window or 0.0,
+                prompts=prompts,
+                tensor_parallel=tensor_parallel,
+                ngram=ngram,
+                out=out,
+                command=shlex.join(["dray", *sys.argv[1:]]),
+                observer=lambda trial: print(line_of(trial), file=terminal),
+            )
+    except DrayError:
+        stderr.print(f"log: {log}")
+        raise
+    show(tuned.to_dict(), tuned.render(), as_json=as_json)
 
 
 @command("status")

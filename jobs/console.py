@@ -16,14 +16,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from jobs.runner import Progress
 from pipelines.errors import OutputError
+
+if TYPE_CHECKING:  # it brings Ray Data along, which is imported while Ray starts
+    from jobs.runner import Progress
 
 
 def log_folder() -> Path:

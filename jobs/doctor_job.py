@@ -17,12 +17,13 @@ import psutil
 
 from jobs.doctor_finding import Finding, attempt, gib
 from jobs.doctor_gpu import Gpus
-from jobs.doctor_model import find, fits_gpus, fits_ram, tokenizer_findings, weights_in_memory
+from jobs.doctor_model import find, fits_gpus, fits_ram, tokenizer_findings
+from jobs.engines import engines_of, hardware_here
 from jobs.places import scheme
 from jobs.spec import JobSpec
 from pipelines.engine_args import check_engine_args, known_engine_args
 from pipelines.listing import list_files
-from pipelines.settings import Replicas
+from pipelines.model_shape import weights_in_memory
 from pipelines.storage import Storage
 
 #: AWS refuses requests whose time is off by more: https://docs.aws.amazon.com/AmazonS3/latest/API/RESTAuthentication.html
@@ -162,14 +163,18 @@ def model_findings(spec: JobSpec, gpus: Gpus) -> Iterator[Finding]:
     weights = weights_in_memory(place.parameters, spec.model.engine)
     engine, pool = spec.model.engine, spec.pool
     if gpus.gpus and pool.device != "cpu":
+        settled = engines_of(spec, hardware_here(spec))
+        packed = settled.pool.engines_per_gpu
+        assert packed != "auto"
         yield fits_gpus(
             weights,
             gpus.gpus,
             tensor_parallel=spec.model.tensor_parallel_size,
             pipeline_parallel=int(engine.get("pipeline_parallel_size", 1)),
             utilisation=engine.get("gpu_memory_utilization"),
-            engines_per_gpu=1 if pool.engines_per_gpu == "auto" else pool.engines_per_gpu,
+            engines_per_gpu=packed,
         )
+        held = f"{packed} engines share a GPU" if packed != 1 else "one engine has a GPU to itself"
+        yield Finding("engines", "ok", f"{settled.pool.most_engines} engines; {held}")
     elif not gpus.present:
-        replicas = pool.replicas.min if isinstance(pool.replicas, Replicas) else pool.replicas
-        yield fits_ram(weights, psutil.virtual_memory().total, replicas=replicas)
+        yield fits_ram(weights, psutil.virtual_memory().total, replicas=pool.least_engines)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +12,12 @@ from jobs.doctor_finding import GIB, Finding, gib, one_line
 from jobs.doctor_gpu import Gpu
 from jobs.places import is_url
 from pipelines.errors import ModelError
+from pipelines.model_shape import cached, count_parameters, weight_files, weight_index
 from pipelines.settings import ModelSettings
 from pipelines.storage import Storage
 from pipelines.tokenizer import load_tokenizer
 
 HUB_TIMEOUT_S = 5.0
-#: Bytes of a parameter by safetensors' dtype names; the F8 family has one byte.
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 #: Activations, CUDA context and graphs; what vLLM's own memory profile finds for mid-size models is 1 to 3 GiB.
 _OVERHEAD = GIB
@@ -60,7 +57,7 @@ def find(model: ModelSettings) -> Place:
 
 def _in_folder(model: ModelSettings, folder: Path, named: str) -> Place:
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-    index = _index(folder)
+    index = weight_index(folder)
     problem = folder_problem(named, sizes, index, dummy=model.engine.get("load_format") == "dummy")
     if problem is not None:
         return Place((problem,), folder)
@@ -134,23 +131,6 @@ def _on_hub(model: ModelSettings) -> Place:
     return Place((found,), None, counts)
 
 
-def cached(source: str, model: ModelSettings) -> Path | None:
-    """The hub cache's snapshot of a model (or tokenizer), as far as its config.json is there."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        for name in ("config.json", "tokenizer_config.json"):
-            found = try_to_load_from_cache(
-                source, name, cache_dir=model.engine.get("download_dir"), revision=model.revision
-            )
-            if isinstance(found, str):
-                return Path(found).parent
-    except HFValidationError:
-        pass  # no hub id; `_on_hub` says so
-    return None
-
-
 # ── Files ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -175,74 +155,7 @@ def folder_problem(
     return None
 
 
-def weight_files(sizes: Mapping[str, int], index: Mapping[str, Any] | None) -> list[str]:
-    """The safetensors files that count: some repositories hold the same weights twice."""
-    if index:
-        return sorted(set(index["weight_map"].values()))
-    if "model.safetensors" in sizes:
-        return ["model.safetensors"]
-    return sorted(name for name in sizes if name.endswith(".safetensors"))
-
-
-def _index(folder: Path) -> Any:
-    path = folder / "model.safetensors.index.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def count_parameters(files: Sequence[Path]) -> dict[str, int] | None:
-    """dtype → number of parameters, from safetensors headers; None without such files.
-
-    Format: 8 bytes of length (little endian), then JSON: https://huggingface.co/docs/safetensors. Raises ModelError
-    for a file that is cut short or is no safetensors file.
-    """
-    counts: dict[str, int] = {}
-    for path in files:
-        for tensor in _header(path).values():
-            counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + math.prod(tensor["shape"])
-    return counts or None
-
-
-def _header(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        if start == b"version ":  # of a Git LFS pointer
-            raise ModelError(
-                f"{path} is a Git LFS pointer, not the weights themselves: run `git lfs pull` there"
-            )
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8:
-            raise ModelError(f"{path} is no whole safetensors file ({size:,} bytes)")
-        header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    if size < end:
-        raise ModelError(f"{path} is cut short: {size:,} of {end:,} bytes")
-    return header
-
-
 # ── Memory ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def weights_in_memory(parameters: Mapping[str, int], engine: Mapping[str, Any]) -> int:
-    """Bytes of the weights once vLLM has loaded them, over all GPUs.
-
-    vLLM casts 32-bit checkpoints to 16 bits unless `dtype` says float32 (vllm/config/model.py). `quantization: fp8`
-    halves 16-bit weights while loading; any other method named for an unquantised checkpoint counts as four bits.
-    """
-    wide = 4 if str(engine.get("dtype")) in ("float32", "float") else 2
-    quantization, quantised = (
-        engine.get("quantization"),
-        any(name.startswith(("F8", "I", "U")) for name in parameters),
-    )
-    if quantization and not quantised:
-        wide_bytes = 1.0 if "fp8" in str(quantization) else 0.5
-        return int(sum(parameters.values()) * wide_bytes)
-    total = 0
-    for name, count in parameters.items():
-        floating = name in ("F64", "F32", "F16", "BF16")
-        total += count * (wide if floating else _BYTES.get(name, 1))
-    return total
 
 
 def fits_gpus(

@@ -95,7 +95,12 @@ def write_stats(storage: Storage, books: Books) -> None:
                 **asdict(footer.provenance),
             }
         )
-    storage.write("stats/shards.parquet", to_parquet(pa.Table.from_pylist(rows), "zstd", {}))
+    table = pa.Table.from_pylist(rows)
+    # What no engine told is null in every row; a number's column stays one.
+    fields = [
+        field.with_type(pa.float64()) if pa.types.is_null(field.type) else field for field in table.schema
+    ]
+    storage.write("stats/shards.parquet", to_parquet(table.cast(pa.schema(fields)), "zstd", {}))
 
 
 def write_card(storage: Storage, report: Report) -> None:

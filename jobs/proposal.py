@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, repeat
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ from rich.console import Group, RenderableType
 
 from jobs.books import SUCCESS, committed_shards
 from jobs.cutting import CPU_TOKENS_PER_S, GPU_TOKENS_PER_S, SHARD_S
+from jobs.engines import Engines, engines_of, hardware_here
 from jobs.fingerprint import fingerprint, identity
 from jobs.loading import LoadedJob
 from jobs.output import check_claim, claim
@@ -23,7 +25,6 @@ from pipelines.errors import InputError, OutputError, OutputLocked
 from pipelines.listing import list_files
 from pipelines.model_folder import check_model
 from pipelines.schema import conform_all, infer_schema
-from pipelines.settings import Replicas
 from pipelines.storage import Storage
 
 
@@ -43,6 +44,11 @@ class Proposal:
         return frozenset(committed_shards(self.storage, self.plan))
 
     @cached_property
+    def engines(self) -> Engines:
+        """The engines that the job would get, as far as that can be told without starting anything."""
+        return engines_of(self.job.spec, hardware_here(self.job.spec))
+
+    @cached_property
     def summary(self) -> dict[str, Any]:
         """Shards, rows, bytes and files, as JSON values."""
         return {
@@ -51,6 +57,7 @@ class Proposal:
             "output": self.storage.url(),
             "committed_shards": len(self.committed),
             "finished": self.storage.exists(SUCCESS),
+            "engine": self.engines.to_dict(),
         }
 
     def save(self) -> Plan:
@@ -85,6 +92,8 @@ class Proposal:
             lines.append(f"        the largest has {largest['rows']:,} rows")
         if found["superseded_shards"]:
             lines.append(f"        {found['superseded_shards']:,} superseded by changed files")
+        for head, line in zip(chain(["engine"], repeat("      ")), self.engines.lines(), strict=False):
+            lines.append(f"{head}  {line}")
         if found["finished"] and found["committed_shards"] == found["shards"]:
             lines.append("nothing to do: the job is finished")
         return Group(*lines)
@@ -159,12 +168,11 @@ def own_folders() -> tuple[str, ...]:
 
 def _cutting(spec: JobSpec) -> dict[str, Any]:
     """How to cut, for `jobs.cutting.cut`: from the pool's size at planning; a saved plan never changes with it."""
-    replicas = spec.pool.replicas
-    engines = replicas.max if isinstance(replicas, Replicas) else replicas
+    pool = spec.pool if spec.pool.replicas != "auto" else engines_of(spec, hardware_here(spec)).pool
     speed = CPU_TOKENS_PER_S if spec.pool.device == "cpu" else GPU_TOKENS_PER_S
     return {
         "rows": spec.shards.rows,
         "target_tokens": speed * SHARD_S,
         "output_tokens": (spec.sampling.max_tokens or 1024) / 2 * spec.sampling.n,
-        "feed": engines * spec.pool.shards_in_flight,
+        "feed": pool.most_engines * pool.shards_in_flight,
     }

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from jobs.books import Books
 from jobs.ledger import Run
-from pipelines.contracts import ShardStats
+from pipelines.contracts import START_PARTS, ShardStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,8 @@ class Report:
     """Wall seconds from an engine being ready to the last commit, summed over runs: start-up is not in it."""
     engine_start_s: float
     """The longest start of an engine."""
+    engine_start_parts: dict[str, float | None]
+    """What that start went to: `import_s`, `weights_s`, `compile_s`, `graphs_s`; None where the engine did not tell."""
     engines: tuple[str, ...]
     simulated: bool
     problems: tuple[str, ...]
@@ -75,6 +77,7 @@ def make_report(
     by_run: dict[str, list[Any]] = {}
     for origin in origins:
         by_run.setdefault(origin.run_id, []).append(origin)
+    slowest = max(origins, key=lambda origin: origin.engine_start_s, default=None)
     return Report(
         job=job,
         output=output,
@@ -89,7 +92,10 @@ def make_report(
             max(o.committed_at for o in group) - min(o.engine_ready_at or o.started_at for o in group)
             for group in by_run.values()
         ),
-        engine_start_s=max((o.engine_start_s for o in origins), default=0.0),
+        engine_start_s=slowest.engine_start_s if slowest else 0.0,
+        engine_start_parts={
+            name.removeprefix("engine_"): getattr(slowest, name) if slowest else None for name in START_PARTS
+        },
         engines=tuple(sorted({f"{o.engine} on {o.device}" for o in origins})),
         simulated=any(o.engine == "simulated" for o in origins),
         problems=books.problems,
@@ -119,7 +125,7 @@ def render(report: Report) -> RenderableType:
     if report.output_tokens_per_s is not None:
         rows_per_s = stats.rows_in / report.generating_s
         line("speed", f"{report.output_tokens_per_s:,.0f} output tokens/s, {rows_per_s:,.1f} rows/s")
-    line("time", f"{report.generating_s:,.1f} s generating, engine start {report.engine_start_s:,.1f} s")
+    line("time", f"{report.generating_s:,.1f} s generating, engine start {start_seconds(report)}")
     line("latency p50 / p95", f"{seconds(latency['p50'])} / {seconds(latency['p95'])}")
     if stats.cached_tokens:
         line("prefix cache", f"{stats.cached_tokens / stats.prompt_tokens:.1%} of prompt tokens")
@@ -129,6 +135,16 @@ def render(report: Report) -> RenderableType:
     line("size", f"{report.output_bytes / 1e6:,.1f} MB")
     problems = [f"problem: {problem}" for problem in report.problems]
     return Group(table, *problems)
+
+
+def start_seconds(report: Report) -> str:
+    """`31.2 s (import 14.1, weights 2.0, compile 8.3, graphs 4)`; without the parts that the engine did not tell."""
+    parts = [
+        f"{name.removesuffix('_s')} {value:.1f}"
+        for name, value in report.engine_start_parts.items()
+        if value is not None
+    ]
+    return f"{report.engine_start_s:,.1f} s" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def seconds(value: float | None) -> str:

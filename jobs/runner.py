@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jobs.books import (
     SUCCESS,
@@ -19,7 +19,9 @@ from jobs.books import (
     fold,
 )
 from jobs.budget import ErrorBudget
-from jobs.cluster import connected, engine_resources
+from jobs.cluster import engine_resources
+from jobs.connection import connected
+from jobs.engines import engines_of, hardware_of
 from jobs.ledger import Ledger, new_run_id, read_runs
 from jobs.loading import LoadedJob
 from jobs.lock import OutputLock
@@ -174,12 +176,21 @@ class _Run:
         if pending:
             self._tell("starting")
             with connected(self.job.spec.cluster):
-                resources = engine_resources(self.job.spec)
+                resources = self._settle()
                 pass_ = 0
                 while pending:
                     self._pass(pending, resources, pass_)
                     pending, pass_ = self._pending(), pass_ + 1
         return self._finish()
+
+    def _settle(self) -> EngineResources:
+        """How many engines the connected cluster gets, and how many of them on one GPU."""
+        import ray
+
+        have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        engines = engines_of(self.job.spec, hardware_of(self.job.spec, have))
+        self.work = replace(self.work, pool=engines.pool)
+        return engine_resources(self.job.spec, engines, have)
 
     def _pending(self) -> list[Shard]:
         """Planned shards without a part, by a fresh listing. Raises JobIncomplete when one is out of attempts."""

@@ -11,7 +11,7 @@ import socket
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -121,6 +121,7 @@ class Answering:
             device=info.device,
             engine_start_s=info.start_s,
             engine_ready_at=info.ready_at,
+            **{f"engine_{name}": seconds for name, seconds in asdict(info.start_parts).items()},
         )
 
     def prompt_tokens(self, row: int) -> int:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pipelines import __version__
 from pipelines.attempts import Attempts
 from pipelines.code import check_code
-from pipelines.contracts import FORMAT_VERSION, Provenance, Work
+from pipelines.contracts import FORMAT_VERSION, START_PARTS, Provenance, Work
 from pipelines.detokenize import Detokenizer
 from pipelines.errors import ShardError
 from pipelines.part import FOOTER_KEY, Footer, read_part, to_parquet
@@ -127,5 +127,6 @@ class Commit:
             started_at=parcel.notes["started_at"],
             engine_start_s=parcel.notes["engine_start_s"],
             engine_ready_at=parcel.notes["engine_ready_at"],
+            **{name: parcel.notes[name] for name in START_PARTS},
             committed_at=time.time(),
         )

@@ -291,6 +291,10 @@ def _add_counts(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
     return {key: a.get(key, 0) + b.get(key, 0) for key in sorted({*a, *b})}
 
 
+#: The fields of `Provenance` that an engine's start is split into.
+START_PARTS = ("engine_import_s", "engine_weights_s", "engine_compile_s", "engine_graphs_s")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Who made a part: stands in its footer and in `stats/shards.parquet`, is not summed."""
@@ -312,4 +316,9 @@ class Provenance:
     """Seconds that the shard's engine took to start."""
     engine_ready_at: float = 0.0
     """Unix time at which it was ready."""
+    engine_import_s: float | None = None
+    """Parts of `engine_start_s`, see `pipelines.engine.StartParts`; None where the engine does not tell."""
+    engine_weights_s: float | None = None
+    engine_compile_s: float | None = None
+    engine_graphs_s: float | None = None
     committed_at: float = 0.0

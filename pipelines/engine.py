@@ -18,6 +18,23 @@ TokenIds = npt.NDArray[np.int32] | Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartParts:
+    """What an engine's start went to, in seconds; None where the engine does not tell, 0 where there was none of it.
+
+    The rest of `EngineInfo.start_s` is processes starting, memory profiling and the KV cache.
+    """
+
+    import_s: float | None = None
+    """Importing the engine's code, in this process and then in the engine's own, whose start is in it."""
+    weights_s: float | None = None
+    """Loading the weights; of several ranks the slowest."""
+    compile_s: float | None = None
+    """torch.compile, or loading what an earlier start compiled."""
+    graphs_s: float | None = None
+    """Capturing CUDA graphs, in whole seconds as vLLM tells it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineInfo:
     """Known once the engine has started."""
 
@@ -35,6 +52,7 @@ class EngineInfo:
     """Seconds from the call of `start` to ready."""
     ready_at: float
     """Unix time at which it was ready."""
+    start_parts: StartParts = StartParts()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

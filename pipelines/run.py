@@ -16,7 +16,6 @@ from pipelines.contracts import Shard, Work
 from pipelines.generate import Generate
 from pipelines.part import Footer
 from pipelines.prepare import Prepare
-from pipelines.settings import Replicas
 from pipelines.stage import Failure, Parcel
 from pipelines.stop import StopFlag
 
@@ -86,11 +85,10 @@ COMMIT_CPUS = 0.1
 
 
 def _engines(work: Work) -> ray.data.ActorPoolStrategy:
-    replicas = work.pool.replicas
+    pool = work.pool
     return ray.data.ActorPoolStrategy(
-        size=None if isinstance(replicas, Replicas) else replicas,
-        min_size=replicas.min if isinstance(replicas, Replicas) else None,
-        max_size=replicas.max if isinstance(replicas, Replicas) else None,
+        min_size=pool.least_engines,
+        max_size=pool.most_engines,
         max_concurrent_calls_per_actor=work.pool.shards_in_flight,
         max_tasks_in_flight_per_actor=work.pool.shards_in_flight,
     )
@@ -101,9 +99,7 @@ def _beside(work: Work) -> ray.data.ActorPoolStrategy:
 
     Not tasks: Ray ends idle task workers after a second, and each new one loads its tokenizer again (3 s of CPU).
     """
-    replicas = work.pool.replicas
-    most = replicas.max if isinstance(replicas, Replicas) else replicas
-    return ray.data.ActorPoolStrategy(min_size=1, max_size=most)
+    return ray.data.ActorPoolStrategy(min_size=1, max_size=work.pool.most_engines)
 
 
 def _configure() -> None:

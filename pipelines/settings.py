@@ -263,18 +263,32 @@ class Replicas(Settings):
 class PoolSettings(Settings):
     """How many engines, and on what."""
 
-    replicas: PositiveInt | Replicas = 1
-    """Engines: a number, or `{min, max}` for a pool that grows and shrinks."""
+    replicas: PositiveInt | Literal["auto"] | Replicas = 1
+    """Engines, wherever they are: a number, `{min, max}` for a pool that grows and shrinks, or `auto`: as many as the
+    cluster's GPUs hold, one on a CPU."""
     device: Literal["auto", "gpu", "cpu"] = "auto"
     """`auto`: GPUs where the cluster has any."""
     engines_per_gpu: Literal["auto"] | PositiveInt = "auto"
-    """Engines that share one GPU and its memory."""
+    """Engines that share one GPU and its memory. `auto`: where there are more engines than GPUs, several of a model below
+    2 billion parameters on a GPU of 70 GiB or more, as far as they fit."""
     cpus_per_engine: Literal["auto"] | PositiveFloat = "auto"
     """CPU cores that Ray reserves for one engine of a CPU pool."""
     shards_in_flight: PositiveInt = 3
     """Shards that one engine works on at once; enough that the waiting requests can fill a wave."""
     admission: AdmissionSettings = AdmissionSettings()
     """When requests enter an engine."""
+
+    @property
+    def least_engines(self) -> int:
+        """Engines that always run; 1 where `replicas: auto` is not settled yet."""
+        if isinstance(self.replicas, Replicas):
+            return self.replicas.min
+        return 1 if self.replicas == "auto" else self.replicas
+
+    @property
+    def most_engines(self) -> int:
+        """Most engines at once; 1 where `replicas: auto` is not settled yet."""
+        return self.replicas.max if isinstance(self.replicas, Replicas) else self.least_engines
 
 
 class ShardSettings(Settings):

@@ -5,20 +5,15 @@ Whatever stands in `model.engine` or in the environment already wins.
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import psutil
 
+from pipelines.model_shape import read_shape
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
-
-_GIB = 1024**3
+from pipelines.sizing import GIB, size_for_cpu, size_for_gpu
 
 #: No usage statistics, errors only: a start on a CPU logs 14 warnings that ask for nothing.
 _QUIET = {
@@ -41,12 +36,9 @@ def gpu_defaults(
     """EngineArgs for an engine on GPUs of `gpu_bytes` of memory each; sets environment variables."""
     if importlib.util.find_spec("flashinfer") is None:
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    defaults = _common(model, sampling)
-    # Above 512 in flight no captured CUDA graph fits (design §5): 1,024 ran at half the speed of 512.
-    defaults["max_num_seqs"] = 512 if gpu_bytes >= 70 * _GIB else 256
-    if isinstance(pool.engines_per_gpu, int) and pool.engines_per_gpu > 1:
-        defaults["gpu_memory_utilization"] = round(0.9 / pool.engines_per_gpu, 3)
-    return defaults
+    packed = 1 if pool.engines_per_gpu == "auto" else pool.engines_per_gpu
+    sizing = size_for_gpu(read_shape(model), model, sampling, gpu_bytes, packed)
+    return {**_common(model, sampling), **sizing.args}
 
 
 def cpu_defaults(model: ModelSettings, sampling: SamplingSettings, pool: PoolSettings) -> dict[str, Any]:
@@ -68,13 +60,21 @@ def cpu_defaults(model: ModelSettings, sampling: SamplingSettings, pool: PoolSet
         # vLLM 0.32 turns a seeded request's generator back after each chunk of a prefill, which a CPU generator
         # cannot do: the engine dies ("CPU Generator does not use offset").
         defaults["enable_chunked_prefill"] = False
-    if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # set but blank, vLLM fails on it
-        if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & model.engine.keys():
-            # vLLM fills it with zeros at the start, so all of it is resident from then on.
-            available = psutil.virtual_memory().available
-            defaults["kv_cache_memory_bytes"] = min(4 * _GIB, available // (8 * ranks))
+    sizing = size_for_cpu(read_shape(model), model, sampling, cpu_kv_bytes(model))
+    defaults |= sizing.args
     return defaults
+
+
+def cpu_kv_bytes(model: ModelSettings) -> int | None:
+    """Bytes for a CPU engine's KV cache; None where the user said how many. vLLM fills it with zeros at the start, so all
+    of it is resident from then on.
+    """
+    if os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return None
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # set but blank, vLLM fails on it
+    if {"kv_cache_memory_bytes", "gpu_memory_utilization"} & model.engine.keys():
+        return None
+    return min(4 * GIB, psutil.virtual_memory().available // (8 * model.tensor_parallel_size))
 
 
 def _common(model: ModelSettings, sampling: SamplingSettings) -> dict[str, Any]:
@@ -98,15 +98,3 @@ def _cores(pool: PoolSettings) -> int:
     if isinstance(pool.cpus_per_engine, (int, float)):
         return int(pool.cpus_per_engine)
     return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-
-
-@contextmanager
-def one_start_at_a_time(pool: PoolSettings) -> Iterator[None]:
-    """Engines that share a GPU load one after the other: vLLM measures free memory while it loads."""
-    if pool.engines_per_gpu in ("auto", 1):
-        yield
-        return
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace(",", "-")
-    with (Path(tempfile.gettempdir()) / f"dray-engine-start-{gpus}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

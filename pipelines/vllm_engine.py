@@ -16,11 +16,12 @@ from typing import Any
 import psutil
 
 from pipelines import vllm_log
-from pipelines.engine import Answer, EngineInfo, Sample, TokenIds, check_prompt
-from pipelines.engine_args import check_engine_args
+from pipelines.engine import Answer, EngineInfo, Sample, StartParts, TokenIds, check_prompt
+from pipelines.engine_args import check_engine_args, known_engine_args
 from pipelines.errors import EngineDied, EngineStartError, RowError, ShardError
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
-from pipelines.vllm_defaults import cpu_defaults, gpu_defaults, one_start_at_a_time, set_quiet_environment
+from pipelines.vllm_defaults import cpu_defaults, gpu_defaults, set_quiet_environment
+from pipelines.vllm_start import compile_key, start_turn
 
 #: Seconds for killed processes to go: a GPU's memory is given back in that time.
 KILL_S = 20.0
@@ -49,6 +50,7 @@ class VLLMEngine:
         self._output_tokens = 0
         self._log: Path | None = None
         self._log_offset = 0
+        self._start_parts = StartParts()
 
     async def start(self) -> EngineInfo:
         """Load the model: 10 s for a tiny one on a CPU, minutes for a large one. Raises EngineStartError.
@@ -75,6 +77,7 @@ class VLLMEngine:
             kv_tokens=_kv_tokens(config.cache_config),
             start_s=time.monotonic() - began,
             ready_at=time.time(),
+            start_parts=self._start_parts,
         )
 
     async def generate(
@@ -178,6 +181,9 @@ class VLLMEngine:
         set_quiet_environment()
         self._log = vllm_log.error_log()
         self._log_offset = vllm_log.size(self._log)
+        starts = vllm_log.starts(self._log)
+        starts_offset = vllm_log.size(starts)
+        began = time.monotonic()
 
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.exceptions import VLLMValidationError
@@ -185,6 +191,7 @@ class VLLMEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        own_import_s = time.monotonic() - began
         # In 0.26 VLLMValidationError is a ValueError, and some refusals are bare ValueErrors.
         self._refusals = (VLLMValidationError, ValueError)
         on_cpu = bool(current_platform.is_cpu())
@@ -203,14 +210,21 @@ class VLLMEngine:
             defaults = gpu_defaults(self._model, self._sampling, self._pool, gpu_bytes)
         # Before the model loads: a mistake here should not cost minutes.
         self._params = _sampling_params(self._sampling)
-        args = AsyncEngineArgs(**{**defaults, **self._model.engine})
-        with one_start_at_a_time(self._pool):
+        known = known_engine_args()  # a vLLM without an argument of ours goes without it
+        values = {name: value for name, value in defaults.items() if known is None or name in known}
+        values |= self._model.engine
+        args = AsyncEngineArgs(**values)
+        compiles = compile_key(_vllm_version(), _device_name(), values)
+        with start_turn(self._pool, compiles):
+            constructed_at = time.time()
             # LLM_CLASS: the numbers of `vllm.LLM` for this device where the user gives none; for
             # max_num_batched_tokens 4,096 on a CPU and 16,384 on an H200, where AsyncLLM alone would take 2,048.
             # Not a local of this thread's frames: tracebacks of failed optional imports would keep it alive.
             self._llm = AsyncLLM.from_engine_args(
                 args, usage_context=UsageContext.LLM_CLASS, stat_loggers=[_token_watch(self._note_tokens)]
             )
+        told = vllm_log.told_since(starts, starts_offset)
+        self._start_parts = _start_parts(told, self._llm.vllm_config, own_import_s, constructed_at)
         self._family = psutil.Process().children(recursive=True)
         self._last_token_at = time.monotonic()
         if not _is_fast(self._llm.tokenizer):
@@ -234,6 +248,20 @@ class VLLMEngine:
     def _death_reason(self) -> str:
         reason = vllm_log.reason_since(self._log, self._log_offset)
         return f"vLLM's engine process died: {reason[:600]}" if reason else "vLLM's engine process died"
+
+
+def _start_parts(
+    told: dict[str, float], config: Any, own_import_s: float, constructed_at: float
+) -> StartParts:
+    """What vLLM's log tells of the start; 0 for what its configuration leaves out."""
+    imported_at = told.get("engine_imported_at")
+    compilation = config.compilation_config
+    return StartParts(
+        import_s=None if imported_at is None else own_import_s + max(0.0, imported_at - constructed_at),
+        weights_s=told.get("weights_s"),
+        compile_s=told.get("compile_s", None if int(compilation.mode or 0) else 0.0),
+        graphs_s=told.get("graphs_s", None if compilation.cudagraph_mode.value else 0.0),
+    )
 
 
 def _sampling_params(sampling: SamplingSettings) -> Any:

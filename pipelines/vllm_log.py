@@ -2,7 +2,8 @@
 
 An engine that dies, or does not start, does so in a child process; the parent learns a bare `EngineDeadError`, or
 "Engine core initialization failed". The traceback goes to vLLM's logger in the child, so this module gives that logger
-(by vLLM's own `VLLM_LOGGING_CONFIG_PATH`) a second handler: a file of this process's own, written on errors only.
+(by vLLM's own `VLLM_LOGGING_CONFIG_PATH`) a second handler: a file of this process's own, written on errors only. A
+third one takes what vLLM says while it starts, which is where it tells how long loading and compiling took.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def error_log() -> Path | None:
                         "datefmt": "%m-%d %H:%M:%S",
                     },
                     "plain": {"format": "%(message)s"},
+                    "timed": {"format": "%(created).3f %(message)s"},
                 },
                 "handlers": {
                     "console": {
@@ -72,9 +74,20 @@ def error_log() -> Path | None:
                         "filename": str(log),
                         "delay": True,
                     },
+                    "starts": {
+                        "class": "logging.FileHandler",
+                        "formatter": "timed",
+                        "level": "INFO",
+                        "filename": str(log.with_name("starts.log")),
+                        "delay": True,
+                    },
                 },
                 "loggers": {
-                    "vllm": {"handlers": ["console", "errors"], "level": level, "propagate": False},
+                    "vllm": {
+                        "handlers": ["console", "errors", "starts"],
+                        "level": level if level == "DEBUG" else "INFO",
+                        "propagate": False,
+                    },
                 },
             }
         )
@@ -100,6 +113,39 @@ def reason_since(log: Path | None, offset: int) -> str | None:
         if match and not any(pointer in line for pointer in _POINTERS):
             return f"{match.group(1)}: {match.group(2)}"
     return None
+
+
+#: Lines that vLLM 0.26 to 0.32 logs at INFO while it starts → what they tell. Those of each rank where there are several.
+_ENGINE_IMPORTED = re.compile(r"^([\d.]+) Initializing a V1 LLM engine", re.MULTILINE)
+_TOLD = {
+    "weights_s": (r"Model loading took .* ([\d.]+) seconds", r"Loading weights took ([\d.]+) seconds"),
+    "compile_s": (r"torch\.compile (?:took|takes) ([\d.]+) s in total", r"together took ([\d.]+) s in total"),
+    "graphs_s": (r"Graph capturing finished in ([\d.]+) secs",),
+}
+
+
+def told_since(log: Path | None, offset: int) -> dict[str, float]:
+    """What vLLM logged of a start after `offset` of `starts`: seconds by the names of `engine.StartParts`, and
+    `engine_imported_at`, the Unix time at which EngineCore began. Only what is there.
+    """
+    if log is None or not log.exists():
+        return {}
+    with log.open("rb") as file:
+        file.seek(offset)
+        text = file.read().decode(errors="replace")
+    told = {}
+    for name, patterns in _TOLD.items():
+        found = next((values for values in (re.findall(p, text) for p in patterns) if values), [])
+        if found:
+            told[name] = max(map(float, found))
+    if match := _ENGINE_IMPORTED.search(text):
+        told["engine_imported_at"] = float(match.group(1))
+    return told
+
+
+def starts(log: Path | None) -> Path | None:
+    """Where what vLLM says of its starts goes, beside its error log."""
+    return None if log is None else log.with_name("starts.log")
 
 
 def _sweep(temporary: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.local.runs import REAL, dray, job, rows_of, write_questions
+from tests.local.runs import REAL, TINY, dray, job, rows_of, write_questions
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -80,3 +80,61 @@ def test_two_replicas_on_two_gpus(tmp_path: Path) -> None:
     run_on_gpus(tmp_path, pool={"replicas": 2, "shards_in_flight": 1}, shards={"rows": 20})
     replicas = set(pq.read_table(tmp_path / "out" / "stats" / "shards.parquet")["replica"].to_pylist())
     assert len(replicas) == 2
+
+
+def shape_of_half_a_billion(folder: Path) -> str:
+    """The tiny model's vocabulary, and random weights in the shape of Qwen2.5-0.5B: its answers mean nothing."""
+    folder.mkdir()
+    for file in TINY.iterdir():
+        if file.is_file() and file.suffix in (".json", ".jinja"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 1536,
+        "eos_token_id": json.loads((TINY / "config.json").read_text())["eos_token_id"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_small_models_share_a_gpu_as_the_plan_says(tmp_path: Path) -> None:
+    """`replicas: auto` on one GPU: as many engines as the plan announces, each with its share, all of them at work."""
+    write_questions(tmp_path / "in", rows=600, files=6)
+    settings = job(
+        tmp_path / "in",
+        tmp_path / "out",
+        model={
+            **REAL,
+            "source": shape_of_half_a_billion(tmp_path / "model"),
+            "engine": {
+                "load_format": "dummy",
+                "dtype": "bfloat16",
+                "enforce_eager": True,
+                "max_num_seqs": 256,
+            },
+        },
+        pool={"device": "gpu", "replicas": "auto", "shards_in_flight": 1},
+        cluster={"num_gpus": 1},
+        shards={"rows": 20},
+        errors={"max_error_rate": 1.0},
+    )
+    (tmp_path / "job.yaml").write_text(json.dumps(settings))
+    planned = json.loads(dray("plan", str(tmp_path / "job.yaml"), "--json").stdout)["engine"]
+    if planned["engines_per_gpu"] < 2:
+        pytest.skip(f"{planned['gpu']} of {planned['gpu_bytes']} bytes on this host holds one engine only")
+    assert planned["engines"] == planned["engines_per_gpu"]
+    assert planned["engines"] * planned["engine_args"]["gpu_memory_utilization"] < 1
+    done = dray("run", str(tmp_path / "job.yaml"), "--json", timeout=390)
+    assert done.returncode == 0, done.stderr + done.stdout
+    stats = pq.read_table(tmp_path / "out" / "stats" / "shards.parquet")
+    assert len(set(stats["replica"].to_pylist())) == planned["engines"]
+    assert sum(stats["rows_ok"].to_pylist()) == 600

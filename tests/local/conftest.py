@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobs.cluster import connected
+from jobs.connection import connected
 from jobs.spec import ClusterSettings
 from tests.local.s3_server import S3Server, moto, rclone
 

@@ -40,17 +40,15 @@ from jobs.doctor_machine import (
     system,
 )
 from jobs.doctor_model import (
-    count_parameters,
     find,
     fits_gpus,
     fits_ram,
     folder_problem,
-    weight_files,
-    weights_in_memory,
 )
 from jobs.doctor_probe import Probe, error_line, tried
 from jobs.loading import load
 from pipelines.errors import ModelError, StorageError
+from pipelines.model_shape import count_parameters, weight_files, weights_in_memory
 from pipelines.settings import ModelSettings
 
 H200 = Gpu("NVIDIA H200", 143771 * 2**20, 143160 * 2**20, "9.0")

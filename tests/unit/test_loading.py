@@ -342,7 +342,7 @@ def test_data_paths_are_relative_to_the_working_directory(tmp_path: Path) -> Non
         ("sampling: {stop: [1]}\n", "job.yaml:7: sampling.stop: expected text, a list of text or null, got [1]"),
         ("sampling: 3\n", "job.yaml:7: sampling: expected a mapping of temperature, top_p, top_k, min_p, max_tokens, min_tokens …, got 3"),
         ("pool: {device: gpus}\n", "job.yaml:7: pool.device: expected auto, gpu or cpu, got 'gpus'; did you mean 'gpu'?"),
-        ("pool: {replicas: x}\n", "job.yaml:7: pool.replicas: expected a whole number above 0 or a mapping of min, max, got 'x'"),
+        ("pool: {replicas: x}\n", "job.yaml:7: pool.replicas: expected a whole number above 0, auto or a mapping of min, max, got 'x'"),
         ("pool: {replicas: {min: x, max: 1}}\n", "job.yaml:7: pool.replicas.min: expected a whole number above 0, got 'x'"),
         ("pool: {replicas: {min: 4, max: 2}}\n", "job.yaml:7: pool.replicas: min 4 is above max 2"),
         ("pool: {admission: {high: 4, low: 8}}\n", "job.yaml:7: pool.admission: low 8 is above high 4"),

@@ -1,0 +1,74 @@
+"""When an engine may start: one at a time on a shared GPU, and one at a time while vLLM's compile cache is cold."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines.settings import PoolSettings
+
+
+@contextmanager
+def start_turn(pool: PoolSettings, compiles: str | None) -> Iterator[None]:
+    """Wait until this engine may start. `compiles`: what `compile_key` says; None where nothing is compiled."""
+    with _gpu_to_itself(pool), _first_compile(compiles):
+        yield
+
+
+@contextmanager
+def _gpu_to_itself(pool: PoolSettings) -> Iterator[None]:
+    """Engines that share a GPU load one after the other: vLLM measures free memory while it loads."""
+    if pool.engines_per_gpu in ("auto", 1):
+        yield
+        return
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace(",", "-")
+    with (Path(tempfile.gettempdir()) / f"dray-engine-start-{gpus}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def compile_key(version: str, device: str, args: Mapping[str, Any]) -> str | None:
+    """Names what vLLM compiles for these engine arguments; None where it compiles nothing, or keeps nothing."""
+    if args.get("enforce_eager") or os.environ.get("VLLM_DISABLE_COMPILE_CACHE", "0") not in ("", "0"):
+        return None
+    text = json.dumps([version, device, dict(args)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _first_compile(key: str | None) -> Iterator[None]:
+    """The first engine that compiles something does it alone, those that wait for it find it in vLLM's cache.
+
+    vLLM keeps what it compiles by version, device and configuration below `VLLM_CACHE_ROOT`, for all engines of the
+    user. It puts the compiled model there atomically, but writes its index (`vllm_compile_cache.py`) in place: an engine
+    that starts meanwhile compiles all of it again, or reads half an index. Once an engine has started the marker is not
+    empty, and nobody waits any more. Without a folder that can be written nobody waits either.
+    """
+    root = Path(os.environ.get("VLLM_CACHE_ROOT") or Path.home() / ".cache" / "vllm") / "torch_compile_cache"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        marker = (root / f"dray-{key}.started").open("a+") if key else None
+    except OSError:
+        marker = None
+    if marker is None:
+        yield
+        return
+    with marker:
+        if _is_empty(marker.fileno()):
+            fcntl.flock(marker, fcntl.LOCK_EX)
+        if not _is_empty(marker.fileno()):
+            fcntl.flock(marker, fcntl.LOCK_UN)
+        yield
+        if _is_empty(marker.fileno()):
+            marker.write("an engine with this configuration has started\n")
+
+
+def _is_empty(descriptor: int) -> bool:
+    return os.fstat(descriptor).st_size == 0
