@@ -93,6 +93,13 @@ def _connect(cluster: ClusterSettings) -> None:
             raise JobError(
                 f"no Ray cluster at cluster.address {cluster.address!r}: {str(error).splitlines()[0]}"
             ) from error
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            # Ray's own words when its processes take longer than its fixed 30 s, as on an overloaded machine.
+            raise JobError(
+                f"Ray does not start: {str(error).split('. ')[0]}; run again when the machine has time"
+            ) from error
 
 
 def _leave() -> None:
