@@ -21,3 +21,10 @@ def unknown(name: str, known: Iterable[str], what: str = "column") -> str:
 def first_line(error: Exception) -> str:
     """The first line of an exception's message; Arrow's can be many."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def printable(text: str) -> str:
+    """The text on one line and without what a terminal would act on: `\n` and its like as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
