@@ -15,7 +15,7 @@ def unknown(name: str, known: Iterable[str], what: str = "column") -> str:
     if near:
         return f"unknown {what} {name!r}; did you mean {near[0]!r}?"
     shown = ", ".join(sorted(names)[:12]) + (", …" if len(names) > 12 else "")
-    return f"unknown {what} {name!r}; there are: {shown or 'none'}"
+    return f"unknown {what} {name!r}; there are: {printable(shown) or 'none'}"
 
 
 def first_line(error: Exception) -> str:

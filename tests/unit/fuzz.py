@@ -32,6 +32,7 @@ def examples(count: int) -> settings:
         deadline=None,  # `within` ends what hangs; how long the rest takes is the machine's affair
         database=None,
         print_blob=FACTOR > 1,
+        report_multiple_bugs=False,
         suppress_health_check=[
             HealthCheck.too_slow,
             HealthCheck.function_scoped_fixture,

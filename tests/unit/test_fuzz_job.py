@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from jobs import load
 from jobs.cli import main
 from jobs.spec import JobSpec
-from tests.unit.fuzz import examples, refusal, within
+from tests.unit.fuzz import FACTOR, examples, refusal, within
+
+pytestmark = pytest.mark.timeout(0 if FACTOR > 1 else 300)  # `within` watches each example
 
 GOOD: dict[str, Any] = {
     "name": "fuzz",
