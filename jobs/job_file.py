@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from pipelines.errors import SpecError
+from pipelines.wording import printable
 
 Key = tuple[str, ...]
 """A dotted key, in parts."""
@@ -118,12 +119,12 @@ def _extended(
     origin = tree.origins.pop(("extends",), Origin(name))
     listed = [given] if isinstance(given, str) else given or []
     if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
-        raise SpecError(f"{origin}: extends: expected a path or a list of paths, got {given!r}")
+        raise SpecError(f"{origin}: extends: expected a path or a list of paths, got {repr(given)[:80]}")
     base = Tree({}, {})
     for item in listed:
         parent = folder / os.path.expanduser(fill(item, ("extends",), origin))
         if not parent.is_file():
-            raise SpecError(f"{origin}: extends: no such file: {shown(parent)}{_near(parent)}")
+            raise SpecError(f"{origin}: extends: no such file: {printable(shown(parent))}{_near(parent)}")
         base = base.merged(_read(parent, fill, chain))
     return base.merged(tree)
 

@@ -160,3 +160,10 @@ def test_the_command_line_says_it_in_one_go(tmp_path: Path, tree: Any, changes: 
     assert "unexpected" not in done.stderr
     if done.exit_code:
         assert done.stderr
+
+
+@pytest.mark.parametrize("given_", [10**4000, "a\nb", ["\x85"], {"a": "x" * 2000}], ids=range(4))
+def test_extends_is_refused_in_one_short_line(given_: Any) -> None:
+    text = refusal(lambda: load({**GOOD, "extends": given_}, environ={}), "job: extends")
+    assert text is not None
+    assert "\n" not in text
