@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from pipelines.errors import SpecError
+from pipelines.wording import printable
 
 Key = tuple[str, ...]
 """A dotted key, in parts."""
@@ -118,12 +119,12 @@ def _extended(
     origin = tree.origins.pop(("extends",), Origin(name))
     listed = [given] if isinstance(given, str) else given or []
     if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
-        raise SpecError(f"{origin}: extends: expected a path or a list of paths, got {given!r}")
+        raise SpecError(f"{origin}: extends: expected a path or a list of paths, got {repr(given)[:80]}")
     base = Tree({}, {})
     for item in listed:
         parent = folder / os.path.expanduser(fill(item, ("extends",), origin))
         if not parent.is_file():
-            raise SpecError(f"{origin}: extends: no such file: {shown(parent)}{_near(parent)}")
+            raise SpecError(f"{origin}: extends: no such file: {printable(shown(parent))}{_near(parent)}")
         base = base.merged(_read(parent, fill, chain))
     return base.merged(tree)
 
@@ -211,6 +212,18 @@ def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 
 
+#: What a job file is made of, and what messages call it; YAML's sets, dates and binaries could not be stored as JSON.
+_KINDS = {
+    "map": "a mapping",
+    "seq": "a list",
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "null": "null",
+}
+
+
 class _Builder:
     """Makes plain values of YAML's nodes, noting each key's line and refusing keys given twice."""
 
@@ -226,10 +239,18 @@ class _Builder:
         self._nodes += 1
         if self._nodes > _MOST_NODES or id(node) in self._open:
             raise self.error(node, "an alias that repeats itself without end")
-        if isinstance(node, yaml.ScalarNode):
-            return self.loader.construct_object(node)
-        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.rpartition(":")[2] not in ("map", "seq"):
+        prefix, _, kind = node.tag.rpartition(":")
+        if prefix != "tag:yaml.org,2002" or kind not in _KINDS:
             raise self.error(node, f"the tag {node.tag} is not allowed")
+        if isinstance(node, yaml.ScalarNode):
+            try:
+                return self.loader.construct_object(node)
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+            ):  # a tag that does not fit, or a number of thousands of digits
+                raise self.error(node, f"{node.value[:60]!r} cannot be read as {_KINDS[kind]}") from None
         self._open.append(id(node))
         try:
             if isinstance(node, yaml.MappingNode):

@@ -23,6 +23,7 @@ from jobs.mistakes import accepts, allows_null, describe, field_at
 from jobs.references import MASK, References, is_one_reference, is_secret_name, masked, references_in
 from jobs.spec import JobSpec
 from pipelines.errors import SpecError
+from pipelines.wording import printable
 
 _MOST_MISTAKES = 10
 _OVERRIDE = "override"
@@ -118,7 +119,7 @@ def load(
 
 
 def _refuse(problems: list[str]) -> None:
-    distinct = list(dict.fromkeys(problems))
+    distinct = list(dict.fromkeys(map(printable, problems)))
     if distinct:
         rest = len(distinct) - _MOST_MISTAKES
         lines = distinct[:_MOST_MISTAKES] + ([f"… and {rest} more"] if rest > 0 else [])

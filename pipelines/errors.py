@@ -22,8 +22,8 @@
         ├── CodeMismatch            a worker runs other code than the driver
         └── Interrupted             SIGINT or SIGTERM: exit code 130
 
-Any other exception in user code or in a prompt template is that row's error; any other exception of a dependency is
-the shard's (design §5).
+Any other exception in user code or in a prompt template is that row's error; of a dependency it is what `scopes` says:
+the shard's, unless the table knows better (design §5).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pipelines.errors import InputError
 from pipelines.read_parquet import footer_of
 from pipelines.sample import csv_columns, csv_schema, jsonl_schema, spread
 from pipelines.settings import InputSettings
-from pipelines.wording import unknown
+from pipelines.wording import printable, unknown
 
 #: CSV files whose header lines planning reads; the others are checked when they are read.
 _HEADERS = 64
@@ -196,4 +196,4 @@ def _schemas(files: Sequence[InputFile], settings: InputSettings) -> Iterator[tu
 
 
 def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    return printable(", ".join(names[:8])) + (", …" if len(names) > 8 else "")

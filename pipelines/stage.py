@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from pipelines import errors
 from pipelines.contracts import Shard, pack, unpack
-from pipelines.errors import BadInput, DrayError, InputError, JobError
+from pipelines.errors import DrayError, JobError
+from pipelines.scopes import scope_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +33,16 @@ class Failure:
 
     @classmethod
     def of(cls, stage: Literal["prepare", "generate", "commit"], error: BaseException) -> Failure:
-        # An input file that is gone or damaged is its shard's; every other mistake of the user's meets all shards.
-        of_all = isinstance(error, (JobError, BadInput)) and not isinstance(error, InputError)
-        scope: Literal["shard", "job"] = "job" if of_all else "shard"
+        # One row's failure that nobody laid on its row is the shard's.
+        scope: Literal["shard", "job"] = "job" if scope_of(error) == "job" else "shard"
         message = str(error).strip() or repr(error)
         trace = "".join(traceback.format_exception(error))
         return cls(stage=stage, scope=scope, kind=type(error).__name__, message=message, trace=trace)
 
     def to_error(self) -> DrayError:
         """The error again, on the driver: with its own class (and exit code) where that is one of Dray's."""
-        kind = getattr(errors, self.kind, JobError)
-        return kind(self.message)
+        kind = getattr(errors, self.kind, None)
+        return kind(self.message) if kind else JobError(f"{self.stage}: {self.kind}: {self.message}")
 
 
 @dataclass(frozen=True, kw_only=True)

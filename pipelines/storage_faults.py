@@ -19,6 +19,7 @@ import aiohttp
 import tenacity
 from botocore import exceptions as boto
 
+from pipelines import scopes
 from pipelines.errors import DrayError, StorageError, TransientStorageError
 
 T = TypeVar("T")
@@ -56,25 +57,6 @@ _PASSING_ERRNO = {
     errno.ETIMEDOUT,
     errno.EHOSTDOWN,
     errno.EHOSTUNREACH,
-}
-#: Ends of a socket, also inside a body; the first two are the parents of botocore's timeouts and resets.
-_PASSING_TYPES: tuple[type[BaseException], ...] = (
-    boto.HTTPClientError,
-    boto.ConnectionError,
-    boto.IncompleteReadError,
-    boto.ResponseStreamingError,
-    ConnectionError,
-    TimeoutError,
-)
-#: By name: libraries that only some stores bring along.
-_PASSING_NAMES = {
-    "FSTimeoutError",
-    "ClientPayloadError",
-    "ClientConnectionError",
-    "ClientOSError",
-    "ServerDisconnectedError",
-    "IncompleteRead",
-    "ResponseParserError",
 }
 _NO_CREDENTIALS = (
     boto.NoCredentialsError,
@@ -132,9 +114,7 @@ def is_passing(error: BaseException) -> bool:
     code, status = answer(error)
     if code or status:
         return code in _PASSING_CODES or status in _PASSING_STATUS
-    if isinstance(error, boto.SSLError):
-        return False  # a certificate does not mend itself
-    if isinstance(error, _PASSING_TYPES) or type(error).__name__ in _PASSING_NAMES:
+    if scopes.is_passing(error):
         return True
     if isinstance(error, OSError) and error.errno in _PASSING_ERRNO:
         return True
@@ -221,7 +201,7 @@ def explain(error: BaseException, url: str) -> DrayError | None:
         )
     if isinstance(error, boto.ParamValidationError):
         return StorageError(f"{url}: {_REFUSALS['InvalidBucketName']}")
-    if isinstance(error, boto.BotoCoreError):
+    if scopes.scope_of(error) == "job":
         return StorageError(f"{url}: {_first_line(error)}")
     if isinstance(error, FileNotFoundError):
         return None

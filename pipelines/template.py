@@ -1,111 +1,16 @@
-"""Prompt templates: sandboxed Jinja over a row's columns, in which a null is never printed as "None".
-
-A null or missing column becomes a `Null`: false, none and undefined for the template's tests, so that
-`{{ lang or 'en' }}`, `{% if lang %}` and `{{ lang | default('en') }}` work, and an error that names the column as soon
-as anything would turn it into text.
-"""
+"""A prompt template: compiled once, rendered row by row. What it may do is `sandbox`'s."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipelines.errors import RowError, SpecError
-
-
-class MissingValue(jinja2.UndefinedError):
-    """The template needs a value that this row does not have."""
-
-
-class Null(jinja2.StrictUndefined):
-    """A null or absent value: like none as long as it is only asked for, an error when it is used."""
-
-    def _fail(self, *args: Any, **kwargs: Any) -> NoReturn:
-        name = self._undefined_name
-        if self._undefined_hint:  # Jinja made it: an unsafe attribute, the first item of an empty list
-            known = issubclass(self._undefined_exception, jinja2.UndefinedError)
-            raise (MissingValue if known else self._undefined_exception)(self._undefined_hint)
-        if isinstance(self._undefined_obj, _MISSING_TYPE):
-            raise MissingValue(f"column {name!r} is null or missing")
-        raise MissingValue(f"{name!r} is null or missing inside a value of the row")
-
-    # An undefined value fails on every operation but these; jinja2.StrictUndefined lists the same names.
-    __iter__ = __str__ = __len__ = __contains__ = _fail
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _fail
-    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _fail
-    __mod__ = __rmod__ = __pow__ = __rpow__ = __pos__ = __neg__ = _fail
-    __lt__ = __le__ = __gt__ = __ge__ = _fail
-    __call__ = __getitem__ = __int__ = __float__ = __complex__ = _fail
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        self._fail()
-
-    def __repr__(self) -> str:
-        return "None"
-
-    def __bool__(self) -> bool:  # type: ignore[override]
-        return False
-
-    def __eq__(self, other: object) -> bool:  # type: ignore[override]
-        return other is None or isinstance(other, Null)
-
-    def __ne__(self, other: object) -> bool:  # type: ignore[override]
-        return not self == other
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(None)
-
-
-_MISSING_TYPE = type(jinja2.utils.missing)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """Nulls inside structs and lists are `Null` as well: `{{ meta.lang | upper }}` must not print NONE."""
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        value = super().getattr(obj, attribute)
-        return self.undefined(obj=obj, name=attribute) if value is None else value
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        value = super().getitem(obj, argument)
-        return self.undefined(obj=obj, name=argument) if value is None else value
-
-
-def _print(value: Any) -> Any:
-    if value is None:
-        raise MissingValue("an expression of the template is null")
-    if isinstance(value, bytes):
-        raise TypeError("the value is binary, not text")  # would print as b'…'
-    return value
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # Jinja's own writes < > & ' as \u003c and so on, for HTML.
-    return json.dumps(value, ensure_ascii=False, indent=indent, default=_null_in_json)
-
-
-def _null_in_json(value: Any) -> None:
-    if not isinstance(value, Null):
-        raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
-
-
-def _environment() -> _Environment:
-    # Jinja drops one newline at the end of a template: the one that YAML's `template: |` adds.
-    environment = _Environment(undefined=Null, finalize=_print)
-    environment.tests["none"] = lambda value: value is None or isinstance(value, Null)
-    environment.filters["tojson"] = _to_json
-    return environment
-
-
-_ENVIRONMENT = _environment()
+from pipelines.sandbox import ENVIRONMENT, MissingValue, Null, check_length, new_row
 
 
 class Template:
@@ -113,13 +18,16 @@ class Template:
 
     def __init__(self, source: str, key: str) -> None:
         try:
-            tree = _ENVIRONMENT.parse(source)
-            code = _ENVIRONMENT.compile(source)
+            tree = ENVIRONMENT.parse(source)
+            code = ENVIRONMENT.compile(source)
         except jinja2.TemplateSyntaxError as error:
             raise SpecError(f"{key}: line {error.lineno} of the template: {error.message}") from None
-        except RecursionError:
+        except (RecursionError, MemoryError, SyntaxError):
+            # Of Jinja's parser, or of Python's for the code that Jinja makes: it takes 20 loops in each other.
             raise SpecError(f"{key}: the template is nested too deeply") from None
-        self._template = jinja2.Template.from_code(_ENVIRONMENT, code, dict(_ENVIRONMENT.globals))
+        except (ValueError, OverflowError) as error:  # a number of thousands of digits, a lone surrogate
+            raise SpecError(f"{key}: the template does not compile: {one_line(error)}") from None
+        self._template = jinja2.Template.from_code(ENVIRONMENT, code, dict(ENVIRONMENT.globals))
         names = meta.find_undeclared_variables(tree)
         self.columns: frozenset[str] = frozenset(names)
         """Names that the template takes from the row; Jinja's own functions among them (see `GLOBALS`)."""
@@ -135,16 +43,27 @@ class Template:
     def render(self, row: dict[str, Any]) -> str:
         """The text for one row. Raises RowError `missing_value` or `prompt_error`."""
         render, context = self._render
+        new_row()
         try:
-            return "".join(render(context(row)))
+            return _joined(render(context(row)))
         except MissingValue as error:
             raise RowError("missing_value", str(error)) from None
         except Exception as error:  # noqa: BLE001 -- whatever a template raises is its row's error
             raise RowError("prompt_error", one_line(error)) from None
 
 
+def _joined(pieces: Iterable[str]) -> str:
+    made: list[str] = []
+    length = 0
+    for piece in pieces:
+        length += len(piece)
+        check_length(length)
+        made.append(piece)
+    return "".join(made)
+
+
 #: Names that a template has without any row.
-GLOBALS = frozenset(_ENVIRONMENT.globals)
+GLOBALS = frozenset(ENVIRONMENT.globals)
 
 
 def null(column: str) -> Null:

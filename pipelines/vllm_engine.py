@@ -19,6 +19,7 @@ from pipelines import vllm_log
 from pipelines.engine import Answer, EngineInfo, Sample, StartParts, TokenIds, check_prompt
 from pipelines.engine_args import check_engine_args, known_engine_args
 from pipelines.errors import EngineDied, EngineStartError, RowError, ShardError
+from pipelines.scopes import scope_of
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
 from pipelines.vllm_defaults import cpu_defaults, gpu_defaults, set_quiet_environment
 from pipelines.vllm_start import compile_key, start_turn
@@ -42,7 +43,6 @@ class VLLMEngine:
         self._building: asyncio.Future[Any] | None = None
         self._llm: Any = None
         self._params: Any = None
-        self._refusals: tuple[type[Exception], ...] = ()
         self._max_model_len = 0
         self._in_flight: set[str] = set()
         self._family: list[psutil.Process] = []
@@ -95,23 +95,23 @@ class VLLMEngine:
             params = copy(params)
             params.seed = seed
             params.max_tokens = max_tokens or params.max_tokens
+        # The rendered form of a prompt: vLLM 0.32 sends the raw form (TokensPrompt) through a thread pool first.
+        stream = llm.generate({"type": "token", "prompt_token_ids": prompt}, params, request_id)
         output: Any = None
         self._in_flight.add(request_id)
         began = time.monotonic()
         try:
-            # The rendered form of a prompt: vLLM 0.32 sends the raw form (TokensPrompt) through a thread pool first.
-            stream = llm.generate({"type": "token", "prompt_token_ids": prompt}, params, request_id)
             async for output in stream:  # FINAL_ONLY: once  # noqa: B007
                 pass
         except EngineDeadError as error:
             raise EngineDied(self._death_reason()) from error
-        except (*self._refusals, EngineGenerateError) as error:
+        except Exception as error:
             if llm.errored:  # the output task died of it: not this request's fault
                 raise EngineDied(self._death_reason()) from error
-            cause: BaseException | None = error if isinstance(error, self._refusals) else error.__cause__
-            if not isinstance(cause, (*self._refusals, TypeError, OverflowError)):
+            if scope_of(error, of_request=True) != "row":
                 raise
-            raise RowError("invalid_request", _one_line(cause)) from error
+            refusal = error.__cause__ if isinstance(error, EngineGenerateError) else error
+            raise RowError("invalid_request", _one_line(refusal)) from error
         finally:
             self._in_flight.discard(request_id)
         return self._answer(output, began)
@@ -186,14 +186,11 @@ class VLLMEngine:
         began = time.monotonic()
 
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.exceptions import VLLMValidationError
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         own_import_s = time.monotonic() - began
-        # In 0.26 VLLMValidationError is a ValueError, and some refusals are bare ValueErrors.
-        self._refusals = (VLLMValidationError, ValueError)
         on_cpu = bool(current_platform.is_cpu())
         if not current_platform.device_type:
             raise EngineStartError(
@@ -266,7 +263,6 @@ def _start_parts(
 
 def _sampling_params(sampling: SamplingSettings) -> Any:
     """vLLM's SamplingParams for all requests of the job; seed and max_tokens may differ, see `VLLMEngine.generate`."""
-    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     values = sampling.model_dump(exclude={"seed", "max_tokens_column"})
@@ -277,7 +273,7 @@ def _sampling_params(sampling: SamplingSettings) -> Any:
             detokenize=bool(sampling.stop),  # bad words are turned into ids beforehand and need no text
             flat_logprobs=sampling.logprobs is not None,
         )
-    except (VLLMValidationError, ValueError) as error:
+    except Exception as error:  # a VLLMValidationError, which is a ValueError up to 0.26; or pydantic's
         raise EngineStartError(f"sampling: {_one_line(error)}") from error
     # vLLM copies the parameters of each request; a deep copy takes 40 µs, a shallow one 2. What the copies share are
     # the stop ids that vLLM adds, the same for every request.

@@ -15,9 +15,16 @@ def unknown(name: str, known: Iterable[str], what: str = "column") -> str:
     if near:
         return f"unknown {what} {name!r}; did you mean {near[0]!r}?"
     shown = ", ".join(sorted(names)[:12]) + (", …" if len(names) > 12 else "")
-    return f"unknown {what} {name!r}; there are: {shown or 'none'}"
+    return f"unknown {what} {name!r}; there are: {printable(shown) or 'none'}"
 
 
 def first_line(error: Exception) -> str:
     """The first line of an exception's message; Arrow's can be many."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def printable(text: str) -> str:
+    """The text on one line and without what a terminal would act on: `\n` and its like as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

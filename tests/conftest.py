@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 HERE = Path(__file__).parent
 
@@ -50,6 +51,10 @@ _ENGINE = {
 
 # A developer's own settings must not reach the tests, least of all the credentials of a real bucket.
 _FOREIGN = ("AWS_", "RAY_ADDRESS", "RAY_NAMESPACE", "DRAY_")
+
+# No test depends on speed: an example may take its time on a busy machine.
+settings.register_profile("dray", deadline=None)
+settings.load_profile("dray")
 
 for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
     del os.environ[name]

@@ -340,7 +340,7 @@ def test_data_paths_are_relative_to_the_working_directory(tmp_path: Path) -> Non
         ("sampling: {temperature: .inf}\n", "job.yaml:7: sampling.temperature: expected a number of at least 0, got inf"),
         ("errors: {max_error_rate: 5}\n", "job.yaml:7: errors.max_error_rate: expected a number from 0 to 1, got 5"),
         ("sampling: {stop: [1]}\n", "job.yaml:7: sampling.stop: expected text, a list of text or null, got [1]"),
-        ("sampling: 3\n", "job.yaml:7: sampling: expected a mapping of temperature, top_p, top_k, min_p, max_tokens, min_tokens …, got 3"),
+        ("sampling: 3\n", "job.yaml:7: sampling: expected a mapping of temperature, top_p, top_k, min_p, max_tokens, max_tokens_column …, got 3"),
         ("pool: {device: gpus}\n", "job.yaml:7: pool.device: expected auto, gpu or cpu, got 'gpus'; did you mean 'gpu'?"),
         ("pool: {replicas: x}\n", "job.yaml:7: pool.replicas: expected a whole number above 0, auto or a mapping of min, max, got 'x'"),
         ("pool: {replicas: {min: x, max: 1}}\n", "job.yaml:7: pool.replicas.min: expected a whole number above 0, got 'x'"),

@@ -119,6 +119,43 @@ def test_templates_refuse(source: str, code: str, message: str) -> None:
     assert (error.value.code, str(error.value)) == (code, message)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+        "{{ 2 ** n }}", "{{ 'a' * n }}", "{{ n * [1] }}", "{{ 'a' | center(n) }}", "{{ 'a'.ljust(n) }}", "{{ [1] | batch(n, 1) | list }}",
+        "{{ [1] | slice(n) | list }}", "{{ 1 | round(n) }}", "{{ '%9999999d' % 1 }}", "{{ '%*d' % (n, 1) }}", "{{ '%9999999s' | format(1) }}",
+        "{{ '{:9999999}'.format(1) }}", "{{ '{:{w}}'.format(1, w=n) }}", "{% for i in range(99999) %}{{ text }}{% endfor %}",
+    ],
+)  # fmt: skip
+def test_templates_do_no_endless_work(source: str) -> None:
+    """Each of these took minutes, or the machine's memory."""
+    with pytest.raises(RowError, match="TooMuchWork"):
+        Template(source, "k").render({"n": 10**10, "text": "x" * 10_000})
+
+
+def test_a_large_template_has_room() -> None:
+    source = "{% for i in range(300) %}{% for j in range(300) %}{{ '%06d' % j ~ ' 1234567' }}{% endfor %}{% endfor %}"
+    assert len(Template(source, "k").render({})) == 300 * 300 * 14
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{% for i in x %}" * 30 + "{% endfor %}" * 30, "{{ " + "9" * 5000 + " }}", "{{ " + "(" * 5000 + "x"],
+)
+def test_templates_that_python_cannot_compile(source: str) -> None:
+    with pytest.raises(SpecError, match="k: the template"):
+        Template(source, "k")
+
+
+def test_a_power_is_not_computed_while_compiling() -> None:
+    Template("{{ 10 ** 10 ** 10 }}", "k")
+
+
 def test_binary_values_are_not_printed() -> None:
     assert texts(rows(x=[b"ab"]), template="{{ x }}") == [
         "prompt_error: TypeError: the value is binary, not text"
