@@ -76,6 +76,9 @@ def claim(storage: Storage, job: LoadedJob, fingerprint: str, identity: Mapping[
 
 def write_stats(storage: Storage, books: Books) -> None:
     """`stats/shards.parquet`: one row per committed shard; can be rebuilt from the footers at any time."""
+    if not books.parts:
+        storage.delete("stats/shards.parquet")
+        return
     rows = []
     for part in books.parts:
         footer = part.footer
@@ -92,10 +95,11 @@ def write_stats(storage: Storage, books: Books) -> None:
                 "finish_reasons": json.dumps(footer.stats.finish_reasons),
                 "output_bytes": books.sizes[part.name],
                 "fingerprint": footer.fingerprint,
+                "retries": len(footer.retries),
                 **asdict(footer.provenance),
             }
         )
-    storage.write("stats/shards.parquet", to_parquet(pa.Table.from_pylist(rows), "zstd", {}))
+    storage.write("stats/shards.parquet", to_parquet(pa.Table.from_pylist(rows), "zstd"))
 
 
 def write_card(storage: Storage, report: Report) -> None:

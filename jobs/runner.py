@@ -47,8 +47,9 @@ class Progress:
     phase: str
     """`planning`, `waiting` (for the output's lock), `starting`, `running`, `stopping`, `finishing` or `done`."""
     shards_total: int = 0
+    """Of the job; in a retry those with rows to retry."""
     shards_done: int = 0
-    """Committed shards, those of earlier runs included."""
+    """Committed shards, those of earlier runs included; in a retry those that it has merged."""
     rows_total: int | None = None
     rows_before: int = 0
     """Rows that earlier runs committed, where the plan knows them."""
@@ -98,25 +99,12 @@ def run(
         storage, run_id, notify=lambda line: observer(Progress(phase="waiting", note=line))
     ) as lock:
         plan = proposal.save()
-        ledger = Ledger(storage, run_id)
-        ledger.started(fingerprint=plan.fingerprint, shards=len(plan.shards), spec=job.raw)
-        state, message = "failed", ""
-        try:
+        command = "run" if relist else "resume"
+        with Ledger(storage, run_id).recorded(
+            command, fingerprint=plan.fingerprint, shards=len(plan.shards), spec=job.raw
+        ):
             work = work_of(job, plan.input_schema, fingerprint=plan.fingerprint, run_id=run_id)
-            driver = _Run(job, storage, plan, work, observer, lock, stop or StopRequest())
-            report = driver.to_the_end()
-            state = "succeeded"
-            return report
-        except (KeyboardInterrupt, Interrupted) as error:
-            state, message = "interrupted", str(error) or "stopped by the user"
-            raise Interrupted(
-                f"{message}; committed shards are kept in {storage.url('')}: run the same command again to take up the rest"
-            ) from None
-        except DrayError as error:
-            message = str(error)
-            raise
-        finally:
-            ledger.append("ended", state=state, message=message)
+            return Driver(job, storage, plan, work, observer, lock, stop or StopRequest()).to_the_end()
 
 
 #: Seconds beyond `errors.shutdown_grace_s` for the last commits, before the driver stops waiting.
@@ -125,8 +113,13 @@ COMMIT_S = 5.0
 TICK_S = 0.25
 
 
-class _Run:
-    """One driver's passes over one output, under its lock."""
+class Driver:
+    """One driver's passes over one output, under its lock, until every planned shard has a part.
+
+    `jobs.retry` makes another one of it: what is left to do, what counts, and the end are methods of their own.
+    """
+
+    UNDONE = "have no part"
 
     def __init__(
         self,
@@ -148,7 +141,7 @@ class _Run:
         self.ending: DrayError | None = None
         """Why this run ends before its work does, once it is known."""
         committed = committed_shards(storage, plan)
-        self.done = len(committed)
+        self.shards_total, self.done = len(plan.shards), len(committed)
         rows = [shard.rows for shard in plan.shards]
         self.rows_total = None if None in rows else sum(n for n in rows if n is not None)
         self.rows_before = sum(shard.rows or 0 for shard in plan.shards if shard.id in committed)
@@ -161,19 +154,27 @@ class _Run:
             return self._report(fold(self.storage, self.plan), succeeded=True)
         self.storage.delete(SUCCESS)
         if pending:
-            self._tell("starting")
-            with connected(self.job.spec.cluster):
-                resources = engine_resources(self.job.spec)
-                pass_ = 0
-                while pending:
-                    self._pass(pending, resources, pass_)
-                    pending, pass_ = self._pending(), pass_ + 1
+            self._passes(pending)
         return self._finish()
 
-    def _pending(self) -> list[Shard]:
-        """Planned shards without a part, by a fresh listing. Raises JobIncomplete when one is out of attempts."""
+    def _passes(self, pending: list[Shard]) -> None:
+        """Stream what is pending until nothing is."""
+        self._tell("starting")
+        with connected(self.job.spec.cluster):
+            resources = engine_resources(self.job.spec)
+            pass_ = 0
+            while pending:
+                self._pass(pending, resources, pass_)
+                pending, pass_ = self._pending(), pass_ + 1
+
+    def _left(self) -> list[Shard]:
+        """Planned shards without a part, by a fresh listing."""
         committed = committed_shards(self.storage, self.plan)
-        pending = [shard for shard in self.plan.shards if shard.id not in committed]
+        return [shard for shard in self.plan.shards if shard.id not in committed]
+
+    def _pending(self) -> list[Shard]:
+        """What is left to do. Raises JobIncomplete when a shard of it is out of attempts."""
+        pending = self._left()
         limit = self.work.errors.max_attempts
         spent = [shard for shard in pending if self.attempts[shard.id] >= limit]
         if spent:
@@ -184,7 +185,7 @@ class _Run:
                 else "Ray lost it without a word"
             )
             raise JobIncomplete(
-                f"{len(spent)} of {len(self.plan.shards)} shards have no part after {limit} attempts; "
+                f"{len(spent)} of {self.shards_total} shards {self.UNDONE} after {limit} attempts; "
                 f"the first is {spent[0].part_name} ({why}). Committed shards are kept: run again to try the rest"
             )
         return pending
@@ -286,12 +287,15 @@ class _Run:
             self.retries += 1
         self._tell("running" if self.ending is None else "stopping")
 
-    def _take_footer(self, footer: Footer) -> None:
-        self.stats += footer.stats
+    def _count(self, shard: Shard, stats: ShardStats) -> None:
+        self.stats += stats
         self.done += 1
-        if footer.stats.engine_deaths:
-            log.warning("%s: %d engines died under it", footer.shard.part_name, footer.stats.engine_deaths)
-            self.retries += footer.stats.engine_deaths
+        if stats.engine_deaths:
+            log.warning("%s: %d engines died under it", shard.part_name, stats.engine_deaths)
+            self.retries += stats.engine_deaths
+
+    def _take_footer(self, footer: Footer) -> None:
+        self._count(footer.shard, footer.stats)
         try:
             self.budget.take(footer)
         except ErrorBudgetSpent as error:
@@ -334,7 +338,7 @@ class _Run:
         self.observer(
             Progress(
                 phase=phase,
-                shards_total=len(self.plan.shards),
+                shards_total=self.shards_total,
                 shards_done=self.done,
                 rows_total=self.rows_total,
                 rows_before=self.rows_before,
