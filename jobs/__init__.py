@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from jobs.proposal import Proposal
     from jobs.proposal import propose as plan
     from jobs.report import Report
+    from jobs.retry import retry_failed
     from jobs.runner import Progress, run
 
-__all__ = ["LoadedJob", "Progress", "Proposal", "Report", "load", "plan", "run"]
+__all__ = ["LoadedJob", "Progress", "Proposal", "Report", "load", "plan", "retry_failed", "run"]
 
 #: Imported on first use: `dray --help` should not wait for Ray (1.9 s of the 4.4 s that all of it takes).
 _HOME = {
@@ -29,6 +30,7 @@ _HOME = {
     "Report": ("jobs.report", "Report"),
     "load": ("jobs.loading", "load"),
     "plan": ("jobs.proposal", "propose"),
+    "retry_failed": ("jobs.retry", "retry_failed"),
     "run": ("jobs.runner", "run"),
 }
 

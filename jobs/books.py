@@ -12,22 +12,30 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from jobs.planning import Plan
 from pipelines.contracts import Shard, ShardStats
-from pipelines.errors import OutputError
+from pipelines.errors import OutputError, PartDamaged
 from pipelines.part import Part, read_part
 from pipelines.storage import Storage
 
 T = TypeVar("T")
 
 SUCCESS = "data/_SUCCESS"
-_ERRORS_OBJECT = re.compile(r"errors/part-\d{6,}-[0-9a-f]{16}-[0-9a-f]{8}\.parquet")
+#: What a commit or a merge names an object of failed rows; `part`: of which part.
+ERRORS_OBJECT = re.compile(r"errors/(?P<part>part-\d{6,}-[0-9a-f]{16})-[0-9a-f]{8}\.parquet")
 #: Footers are small reads of one round trip each; 32 at once keeps a listing of 100,000 parts to minutes on S3.
 _READERS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One thing that does not add up."""
+
+    name: str
+    """The object that it is about, relative to the output."""
+    text: str
+    movable: bool
+    """Whether it helps to move the object away: a part whose shard `dray resume` then makes anew, or a stranger."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +47,12 @@ class Books:
     """In plan order."""
     sizes: dict[str, int]
     """Bytes of each part object, by name."""
-    problems: tuple[str, ...]
+    faults: tuple[Fault, ...]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """The faults in words."""
+        return tuple(fault.text for fault in self.faults)
 
     @cached_property
     def missing(self) -> tuple[Shard, ...]:
@@ -59,7 +72,7 @@ class Books:
 
     @property
     def complete(self) -> bool:
-        return not self.missing and not self.problems
+        return not self.missing and not self.faults
 
 
 def committed_shards(storage: Storage, plan: Plan) -> set[str]:
@@ -82,7 +95,7 @@ def clear_unreferenced_errors(storage: Storage, books: Books) -> None:
     """Remove what attempts that came second wrote to `errors/`: no part refers to it."""
     referenced = {part.footer.errors_object for part in books.parts}
     for info in storage.list("errors"):
-        if info.name not in referenced and _ERRORS_OBJECT.fullmatch(info.name):
+        if info.name not in referenced and ERRORS_OBJECT.fullmatch(info.name):
             storage.delete(info.name)
 
 
@@ -91,68 +104,55 @@ def fold(storage: Storage, plan: Plan) -> Books:
     found = {info.name.removeprefix("data/"): info for info in storage.list("data") if info.name != SUCCESS}
     planned = {shard.part_name: shard for shard in plan.shards}
     superseded = {old.shard.part_name for old in plan.superseded}
-    unknown = sorted(found.keys() - planned.keys() - superseded)
-    problems = [f"data/{name} is not in the plan" for name in unknown]
-    problems += [
-        f"data/{old.shard.part_name} is superseded and still there"
+    faults = [
+        Fault(name=f"data/{name}", text=f"data/{name} is not in the plan", movable=True)
+        for name in sorted(found.keys() - planned.keys() - superseded)
+    ]
+    faults += [
+        Fault(name=f"data/{name}", text=f"data/{name} is superseded and still there", movable=False)
         for old in plan.superseded
-        if old.shard.part_name in found and all(shard.part_name in found for shard in old.by)
+        if (name := old.shard.part_name) in found and all(shard.part_name in found for shard in old.by)
     ]
     error_objects = {info.name for info in storage.list("errors")}
     parts: list[Part] = []
-    for name, result in _each(found.keys() & planned.keys(), lambda name: _read(storage, name)):
+    for name, result in each(found.keys() & planned.keys(), lambda name: _read(storage, name)):
         if isinstance(result, OutputError):
-            problems.append(str(result))
-        else:
+            faults.append(
+                Fault(name=f"data/{name}", text=str(result), movable=isinstance(result, PartDamaged))
+            )
+        elif result is not None:
             parts.append(result)
-            problems.extend(f"data/{name}: {why}" for why in _disagreements(result, planned[name], plan))
-            errors_object = result.footer.errors_object
-            if errors_object and errors_object not in error_objects:
-                problems.append(f"data/{name}: its failed rows, {errors_object}, are gone")
+            faults += (
+                Fault(name=f"data/{name}", text=f"data/{name}: {why}", movable=True)
+                for why in _disagreements(result, planned[name], plan, error_objects)
+            )
     parts.sort(key=lambda part: part.footer.shard.ordinal)
     return Books(
         shards=plan.shards,
         parts=tuple(parts),
         sizes={name: info.size for name, info in found.items()},
-        problems=tuple(problems),
+        faults=tuple(faults),
     )
 
 
-def check_rows(storage: Storage, books: Books) -> list[str]:
-    """Read the key of every row (`dray verify --deep`): each row id of a part once per sample, none in two parts."""
-    problems: list[str] = []
-    seen: dict[str, str] = {}
-
-    def keys(name: str) -> pa.Table:
-        with storage.open_input(f"data/{name}") as file:
-            return pq.read_table(file, columns=["row_id", "sample_index", "error_code"])
-
-    for name, table in _each((part.name for part in books.parts), keys):
-        distinct = table.group_by(["row_id", "sample_index"]).aggregate([]).num_rows
-        if distinct != len(table):
-            problems.append(f"data/{name}: {len(table) - distinct} keys (row_id, sample_index) occur twice")
-        for row_id in pc.unique(table["row_id"]).to_pylist():
-            other = seen.setdefault(row_id, name)
-            if other != name:
-                problems.append(f"data/{name}: row {row_id} stands in data/{other} too")
-    return problems
-
-
-def _read(storage: Storage, name: str) -> Part | OutputError:
+def _read(storage: Storage, name: str) -> Part | OutputError | None:
     try:
         return read_part(storage, name)
     except OutputError as error:
         return error
+    except FileNotFoundError:
+        return None  # moved away since it was listed
 
 
-def _each(names: Iterable[str], read: Callable[[str], T]) -> Iterable[tuple[str, T]]:
+def each(names: Iterable[str], read: Callable[[str], T], readers: int = _READERS) -> Iterable[tuple[str, T]]:
+    """(name, what `read` makes of it), in order of the names, several at a time."""
     names = sorted(names)
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(readers) as pool:
         yield from zip(names, pool.map(read, names), strict=True)
 
 
-def _disagreements(part: Part, shard: Shard, plan: Plan) -> Iterable[str]:
-    """What a part says of itself against the plan and its own rows."""
+def _disagreements(part: Part, shard: Shard, plan: Plan, error_objects: set[str]) -> Iterable[str]:
+    """What a part says of itself against the plan, its own rows, and what there is below `errors/`."""
     footer, stats = part.footer, part.footer.stats
     if footer.shard != shard:
         yield f"holds shard {footer.shard.id}, planned is {shard.id}"
@@ -165,3 +165,5 @@ def _disagreements(part: Part, shard: Shard, plan: Plan) -> Iterable[str]:
         yield f"has {part.rows} rows, its footer counts {stats.samples} samples and {inline} failed rows"
     if shard.rows is not None and stats.rows_read != shard.rows:
         yield f"was made from {stats.rows_read} rows, planned are {shard.rows}"
+    if footer.errors_object and footer.errors_object not in error_objects:
+        yield f"its failed rows, {footer.errors_object}, are gone"

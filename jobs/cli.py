@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from rich.console import Console
@@ -22,7 +22,11 @@ from rich.live import Live
 from rich.markup import escape
 
 from pipelines import __version__
-from pipelines.errors import DrayError, Interrupted, JobError, OutputError
+from pipelines.errors import DrayError, Interrupted, JobError, OutputError, SpecError
+
+if TYPE_CHECKING:
+    from jobs.loading import LoadedJob
+    from jobs.report import Report
 
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -122,15 +126,13 @@ def preview(target: str, overrides: tuple[str, ...], rows: int, generate: bool, 
     show({"rows": seen}, render(seen), as_json=as_json)
 
 
-def run_job(target: str, overrides: tuple[str, ...], *, relist: bool, quiet: bool, as_json: bool) -> None:
-    """Run, with progress on stderr and the summary on stdout."""
+def to_the_end(job: LoadedJob, work: Callable[..., Report], *, quiet: bool, as_json: bool) -> None:
+    """Do the work of a run (`run_id`, `observer` and `stop` given): progress on stderr, the summary on stdout."""
     from jobs.connection import connecting
     from jobs.console import Display, chatter_to, log_folder
     from jobs.ledger import new_run_id
     from jobs.stopping import StopRequest
-    from jobs.target import job_of
 
-    job = job_of(target, overrides)
     run_id = new_run_id()
     log = log_folder() / f"{run_id}.log"
     try:
@@ -138,18 +140,24 @@ def run_job(target: str, overrides: tuple[str, ...], *, relist: bool, quiet: boo
             StopRequest().on_signals() as stop,
             chatter_to(log) as terminal,
             connecting(job.spec),
+            Display(terminal, quiet=quiet or as_json) as display,
         ):
-            # Only now: importing Ray Data takes as long as Ray's own processes take to start.
-            from jobs.report import render
-            from jobs.runner import run as run_to_the_end
-
-            with Display(terminal, quiet=quiet or as_json) as display:
-                report = run_to_the_end(job, run_id=run_id, observer=display, relist=relist, stop=stop)
+            # `work` imports Ray Data, which takes as long as Ray's own processes take to start.
+            report = work(run_id=run_id, observer=display, stop=stop)
     except DrayError:
         if not quiet:
             stderr.print(f"log: {log}")
         raise
+    from jobs.report import render
+
     show(report.to_dict(), render(report), as_json=as_json)
+
+
+def run_job(job: LoadedJob, **how: Any) -> Report:
+    """`jobs.run`, imported when it is called."""
+    from jobs.runner import run
+
+    return run(job, **how)
 
 
 @command("run")
@@ -157,7 +165,10 @@ def run_job(target: str, overrides: tuple[str, ...], *, relist: bool, quiet: boo
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def run(target: str, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     """Run a job, or what is left of it. New input files are taken up."""
-    run_job(target, overrides, relist=True, quiet=quiet, as_json=as_json)
+    from jobs.target import job_of
+
+    job = job_of(target, overrides)
+    to_the_end(job, functools.partial(run_job, job), quiet=quiet, as_json=as_json)
 
 
 @command("resume")
@@ -165,7 +176,35 @@ def run(target: str, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> 
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def resume(target: str, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     """Run what is left of the plan as it stands; the input is not listed again."""
-    run_job(target, overrides, relist=False, quiet=quiet, as_json=as_json)
+    from jobs.target import job_of
+
+    job = job_of(target, overrides)
+    to_the_end(job, functools.partial(run_job, job, relist=False), quiet=quiet, as_json=as_json)
+
+
+@command("retry-failed")
+@job_arguments
+@click.option(
+    "--where",
+    multiple=True,
+    metavar="error_code=CODE[,CODE…]",
+    help="Only rows that failed with one of these codes.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def retry_failed(
+    target: str, overrides: tuple[str, ...], where: tuple[str, ...], quiet: bool, as_json: bool
+) -> None:
+    """Run the failed rows again, by other settings if given, and merge their answers into the same dataset."""
+    from jobs.retry import parse_where
+    from jobs.retry import retry_failed as retry
+    from jobs.target import is_job_file, job_of
+    from pipelines.storage import Storage
+
+    error_codes, job = parse_where(where), job_of(target, overrides)
+    if not is_job_file(target) and Storage(job.spec.output.path) != Storage(target):
+        raise SpecError(f"override: output.path: a retry merges into the output that it is given, {target}")
+    work = functools.partial(retry, job, error_codes=error_codes)
+    to_the_end(job, work, quiet=quiet, as_json=as_json)
 
 
 @command("tune")
@@ -269,14 +308,26 @@ def report(target: str, as_json: bool) -> None:
 
 @command("verify")
 @click.argument("target", metavar="JOB")
-@click.option("--deep", is_flag=True, help="Read the key of every row, not only the footers.")
-def verify(target: str, deep: bool, as_json: bool) -> None:
+@click.option("--deep", is_flag=True, help="Read every row and compare digests, not only the footers.")
+@click.option(
+    "--repair",
+    "mend",
+    is_flag=True,
+    help="Move damaged parts away, so that `dray resume` makes them anew; rebuild stats and card.",
+)
+def verify(target: str, deep: bool, mend: bool, as_json: bool) -> None:
     """Check that every planned row stands in the output exactly once. Exit code 1 when not."""
     from jobs.inspect import render_verdict
     from jobs.inspect import verify as verify_output
+    from jobs.repair import repair
     from jobs.target import output_of
 
-    verdict = verify_output(output_of(target), deep=deep)
+    storage = output_of(target)
+    verdict = (
+        repair(storage, deep=deep, notify=lambda line: stderr.print(escape(line)))
+        if mend
+        else verify_output(storage, deep=deep)
+    )
     show(verdict, render_verdict(verdict), as_json=as_json)
     if not verdict["ok"]:
         sys.exit(1)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 
-from jobs.books import SUCCESS, Books, check_rows, committed_shards, fold
+from jobs.audit import audit, check_schemas
+from jobs.books import SUCCESS, Books, Fault, committed_shards, fold
 from jobs.ledger import read_runs
 from jobs.lock import held_by
 from jobs.output import read_spec
@@ -31,10 +33,11 @@ def opened(storage: Storage) -> tuple[dict[str, Any], Plan]:
 def report_of(storage: Storage) -> Report:
     """The report of an output, finished or not."""
     record, plan = opened(storage)
-    return _report(storage, record, fold(storage, plan))
+    return stored_report(storage, record, fold(storage, plan))
 
 
-def _report(storage: Storage, record: dict[str, Any], books: Books) -> Report:
+def stored_report(storage: Storage, record: dict[str, Any], books: Books) -> Report:
+    """The report of these books, by the spec that the output was claimed for."""
     return make_report(
         job=record["name"],
         output=storage.url(),
@@ -62,7 +65,13 @@ def status(storage: Storage) -> dict[str, Any]:
         "rows_planned": sum(shard.rows or 0 for shard in plan.shards),
         "locked_by": asdict(holder) if holder else None,
         "runs": [
-            {"run_id": run.run_id, "state": run.state, "started_at": run.started_at, "ended_at": run.ended_at}
+            {
+                "run_id": run.run_id,
+                "command": run.command,
+                "state": run.state,
+                "started_at": run.started_at,
+                "ended_at": run.ended_at,
+            }
             for run in runs
         ],
     }
@@ -82,26 +91,48 @@ def render_status(found: dict[str, Any]) -> RenderableType:
     for run in found["runs"]:
         began = datetime.fromtimestamp(run["started_at"], UTC)
         took = (run["ended_at"] or time.time()) - run["started_at"]
-        lines.append(f"run {run['run_id']} · {began:%Y-%m-%d %H:%M:%S} UTC · {run['state']} · {took:,.0f} s")
+        lines.append(
+            f"{run['command']} {run['run_id']} · {began:%Y-%m-%d %H:%M:%S} UTC · {run['state']} · {took:,.0f} s"
+        )
     return Group(*lines)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """An output held against its plan."""
+
+    books: Books
+    faults: tuple[Fault, ...]
+    """Those of the books, and what only schemas and rows tell."""
+    without_digest: int = 0
+    """Parts whose bytes could not be compared, because their footers hold no digest."""
+
+
+def examine(storage: Storage, record: dict[str, Any], plan: Plan, *, deep: bool) -> Findings:
+    """Read all footers; with `deep` all rows too."""
+    books = fold(storage, plan)
+    faults = [*books.faults, *check_schemas(plan, books, record["identity"])]
+    if not deep:
+        return Findings(books=books, faults=tuple(faults))
+    rows = audit(storage, plan, books, record["identity"])
+    return Findings(books=books, faults=(*faults, *rows.faults), without_digest=rows.without_digest)
+
+
 def verify(storage: Storage, *, deep: bool) -> dict[str, Any]:
-    """Check the books; with `deep` also the key of every row.
+    """Check that every planned row stands in the output once: by the footers; with `deep` by the rows themselves.
 
     A job that is not finished is in order as far as it goes; `ok` is False for missing shards and for every problem.
     """
-    _, plan = opened(storage)
-    books = fold(storage, plan)
-    problems = list(books.problems)
-    schemas = {part.schema for part in books.parts}
-    if len(schemas) > 1:
-        problems.append(f"the parts have {len(schemas)} different schemas")
-    if deep:
-        problems += check_rows(storage, books)
+    record, plan = opened(storage)
+    return verdict_of(storage, examine(storage, record, plan, deep=deep), deep=deep)
+
+
+def verdict_of(storage: Storage, found: Findings, *, deep: bool) -> dict[str, Any]:
+    """Findings as JSON values."""
+    books = found.books
     return {
         "output": storage.url(),
-        "ok": not problems and not books.missing,
+        "ok": not found.faults and not books.missing,
         "shards_planned": len(books.shards),
         "shards_committed": len(books.parts),
         "missing": [shard.part_name for shard in books.missing],
@@ -110,24 +141,32 @@ def verify(storage: Storage, *, deep: bool) -> dict[str, Any]:
         "rows_failed": books.totals.rows_failed,
         "finished": storage.exists(SUCCESS),
         "deep": deep,
-        "problems": problems,
+        "without_digest": found.without_digest,
+        "problems": [fault.text for fault in found.faults],
     }
 
 
 def render_verdict(verdict: dict[str, Any]) -> RenderableType:
     """Lines for the terminal."""
-    how = "every key" if verdict["deep"] else "footers"
+    how = "every row" if verdict["deep"] else "footers"
     if verdict["ok"]:
         word = "[green]in order[/]" + ("" if verdict["finished"] else ", but not finished (no _SUCCESS)")
     else:
         word = "[red]not in order[/]"
     lines = [
-        f"{verdict['output']}: {word} ({how} read)",
+        f"{escape(verdict['output'])}: {word} ({how} read)",
         f"shards {verdict['shards_committed']:,} of {verdict['shards_planned']:,}; "
         f"rows {verdict['rows_in']:,} = {verdict['rows_ok']:,} ok + {verdict['rows_failed']:,} failed",
     ]
+    if verdict["without_digest"]:
+        lines.append(f"{verdict['without_digest']:,} parts have no digest: their bytes were not compared")
+    lines += [f"done: {escape(done)}" for done in verdict.get("done", ())]
     lines += [f"missing: data/{name}" for name in verdict["missing"][:10]]
     if len(verdict["missing"]) > 10:
-        lines.append(f"… and {len(verdict['missing']) - 10:,} more; `dray resume` runs them")
-    lines += [f"problem: {problem}" for problem in verdict["problems"]]
+        lines.append(f"… and {len(verdict['missing']) - 10:,} more")
+    lines += [f"problem: {escape(problem)}" for problem in verdict["problems"]]
+    if verdict["missing"]:
+        lines.append("`dray resume` runs the missing shards")
+    elif verdict["problems"] and "done" not in verdict:
+        lines.append("`dray verify --repair` moves away what is damaged, so that `dray resume` runs it anew")
     return Group(*lines)

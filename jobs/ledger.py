@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import platform
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from jobs.lock import current_user
 from pipelines import __version__
+from pipelines.errors import BadInput, DrayError, Interrupted, ShardError
 from pipelines.storage import Storage
+
+log = logging.getLogger("dray")
 
 
 def new_run_id() -> str:
@@ -34,6 +40,33 @@ class Ledger:
         self.storage.create(name, json.dumps(record, indent=1).encode())
         self._next += 1
 
+    @contextlib.contextmanager
+    def recorded(self, command: str, **fields: Any) -> Iterator[None]:
+        """Write the first and the last record of what runs within: `command` and `fields`, and how it ended.
+
+        Raises Interrupted, which says that nothing is lost, for KeyboardInterrupt.
+        """
+        self.started(command=command, **fields)
+        state, message = "failed", ""
+        try:
+            yield
+            state = "succeeded"
+        except (KeyboardInterrupt, Interrupted) as error:
+            state, message = "interrupted", str(error) or "stopped by the user"
+            raise Interrupted(
+                f"{message}; committed shards are kept in {self.storage.url('')}: run the same command again to take up "
+                "the rest"
+            ) from None
+        except DrayError as error:
+            message = str(error)
+            raise
+        finally:
+            try:
+                self.append("ended", state=state, message=message)
+            except (BadInput, ShardError) as error:
+                # A full disk, say: how the run ended matters more than that it is not written down.
+                log.warning("the ledger does not say that this run ended: %s", error)
+
     def started(self, **fields: Any) -> None:
         """The first record: who runs what, where."""
         self.append(
@@ -52,6 +85,8 @@ class Run:
     """One run as the ledger tells it."""
 
     run_id: str
+    command: str
+    """`run`, `resume`, `retry-failed` or `verify --repair`."""
     started_at: float
     ended_at: float | None
     state: str
@@ -68,6 +103,7 @@ def read_runs(storage: Storage) -> list[Run]:
     return [
         Run(
             run_id=run_id,
+            command=events[0].get("command", "run"),
             started_at=events[0]["at"],
             ended_at=events[-1]["at"] if events[-1]["event"] == "ended" else None,
             state=events[-1].get("state", "running"),

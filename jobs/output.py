@@ -76,6 +76,9 @@ def claim(storage: Storage, job: LoadedJob, fingerprint: str, identity: Mapping[
 
 def write_stats(storage: Storage, books: Books) -> None:
     """`stats/shards.parquet`: one row per committed shard; can be rebuilt from the footers at any time."""
+    if not books.parts:
+        storage.delete("stats/shards.parquet")
+        return
     rows = []
     for part in books.parts:
         footer = part.footer
@@ -92,6 +95,7 @@ def write_stats(storage: Storage, books: Books) -> None:
                 "finish_reasons": json.dumps(footer.stats.finish_reasons),
                 "output_bytes": books.sizes[part.name],
                 "fingerprint": footer.fingerprint,
+                "retries": len(footer.retries),
                 **asdict(footer.provenance),
             }
         )
@@ -100,7 +104,7 @@ def write_stats(storage: Storage, books: Books) -> None:
     fields = [
         field.with_type(pa.float64()) if pa.types.is_null(field.type) else field for field in table.schema
     ]
-    storage.write("stats/shards.parquet", to_parquet(table.cast(pa.schema(fields)), "zstd", {}))
+    storage.write("stats/shards.parquet", to_parquet(table.cast(pa.schema(fields)), "zstd"))
 
 
 def write_card(storage: Storage, report: Report) -> None:

@@ -106,10 +106,7 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
     BadInput for whatever is wrong with model, function, input, columns or output.
     """
     spec = job.spec
-    check_model(spec.model)
-    if spec.prompt.function:
-        load_function(spec.prompt.function, own_folders())
-    covered = identity(job, own_folders())
+    covered = checked_identity(job)
     print_ = fingerprint(covered)
     storage = Storage(spec.output.path, spec.output.storage_options)
     check_claim(storage, print_, covered)
@@ -130,6 +127,14 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
         conform_all(unseen, plan.input_schema, spec.input)
         plan = extend(plan, files, on_changed=spec.input.on_changed, **_cutting(spec))
     return Proposal(job=job, storage=storage, plan=plan, identity=covered)
+
+
+def checked_identity(job: LoadedJob) -> dict[str, Any]:
+    """What the fingerprint of a job covers. Raises BadInput for a model or a prompt function that is not there."""
+    check_model(job.spec.model)
+    if job.spec.prompt.function:
+        load_function(job.spec.prompt.function, own_folders())
+    return identity(job, own_folders())
 
 
 def input_schema(spec: JobSpec, files: list[InputFile]) -> pa.Schema:

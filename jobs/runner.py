@@ -33,12 +33,10 @@ from jobs.stopping import StopRequest
 from pipelines.attempts import clear_attempts
 from pipelines.contracts import Shard, ShardStats, Work
 from pipelines.errors import (
-    BadInput,
     DrayError,
     ErrorBudgetSpent,
     Interrupted,
     JobIncomplete,
-    ShardError,
 )
 from pipelines.part import Footer
 from pipelines.run import EngineResources, Outcome, stream
@@ -56,8 +54,9 @@ class Progress:
     phase: str
     """`planning`, `waiting` (for the output's lock), `starting`, `running`, `stopping`, `finishing` or `done`."""
     shards_total: int = 0
+    """Of the job; in a retry those with rows to retry."""
     shards_done: int = 0
-    """Committed shards, those of earlier runs included."""
+    """Committed shards, those of earlier runs included; in a retry those that it has merged."""
     rows_total: int | None = None
     rows_before: int = 0
     """Rows that earlier runs committed, where the plan knows them."""
@@ -107,29 +106,12 @@ def run(
         storage, run_id, notify=lambda line: observer(Progress(phase="waiting", note=line))
     ) as lock:
         plan = proposal.save()
-        ledger = Ledger(storage, run_id)
-        ledger.started(fingerprint=plan.fingerprint, shards=len(plan.shards), spec=job.raw)
-        state, message = "failed", ""
-        try:
+        command = "run" if relist else "resume"
+        with Ledger(storage, run_id).recorded(
+            command, fingerprint=plan.fingerprint, shards=len(plan.shards), spec=job.raw
+        ):
             work = work_of(job, plan.input_schema, fingerprint=plan.fingerprint, run_id=run_id)
-            driver = _Run(job, storage, plan, work, observer, lock, stop or StopRequest())
-            report = driver.to_the_end()
-            state = "succeeded"
-            return report
-        except (KeyboardInterrupt, Interrupted) as error:
-            state, message = "interrupted", str(error) or "stopped by the user"
-            raise Interrupted(
-                f"{message}; committed shards are kept in {storage.url('')}: run the same command again to take up the rest"
-            ) from None
-        except DrayError as error:
-            message = str(error)
-            raise
-        finally:
-            try:
-                ledger.append("ended", state=state, message=message)
-            except (BadInput, ShardError) as error:
-                # A full disk, say: how the run ended matters more than that it is not written down.
-                log.warning("the ledger does not say that this run ended: %s", error)
+            return Driver(job, storage, plan, work, observer, lock, stop or StopRequest()).to_the_end()
 
 
 #: Seconds beyond `errors.shutdown_grace_s` for the last commits, before the driver stops waiting.
@@ -138,8 +120,13 @@ COMMIT_S = 5.0
 TICK_S = 0.25
 
 
-class _Run:
-    """One driver's passes over one output, under its lock."""
+class Driver:
+    """One driver's passes over one output, under its lock, until every planned shard has a part.
+
+    `jobs.retry` makes another one of it: what is left to do, what counts, and the end are methods of their own.
+    """
+
+    UNDONE = "have no part"
 
     def __init__(
         self,
@@ -161,7 +148,7 @@ class _Run:
         self.ending: DrayError | None = None
         """Why this run ends before its work does, once it is known."""
         committed = committed_shards(storage, plan)
-        self.done = len(committed)
+        self.shards_total, self.done = len(plan.shards), len(committed)
         rows = [shard.rows for shard in plan.shards]
         self.rows_total = None if None in rows else sum(n for n in rows if n is not None)
         self.rows_before = sum(shard.rows or 0 for shard in plan.shards if shard.id in committed)
@@ -174,14 +161,18 @@ class _Run:
             return self._report(fold(self.storage, self.plan), succeeded=True)
         self.storage.delete(SUCCESS)
         if pending:
-            self._tell("starting")
-            with connected(self.job.spec.cluster):
-                resources = self._settle()
-                pass_ = 0
-                while pending:
-                    self._pass(pending, resources, pass_)
-                    pending, pass_ = self._pending(), pass_ + 1
+            self._passes(pending)
         return self._finish()
+
+    def _passes(self, pending: list[Shard]) -> None:
+        """Stream what is pending until nothing is."""
+        self._tell("starting")
+        with connected(self.job.spec.cluster):
+            resources = self._settle()
+            pass_ = 0
+            while pending:
+                self._pass(pending, resources, pass_)
+                pending, pass_ = self._pending(), pass_ + 1
 
     def _settle(self) -> EngineResources:
         """How many engines the connected cluster gets, and how many of them on one GPU."""
@@ -189,13 +180,19 @@ class _Run:
 
         have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         engines = engines_of(self.job.spec, hardware_of(self.job.spec, have))
-        self.work = replace(self.work, pool=engines.pool)
+        in_flight = self.work.pool.shards_in_flight  # a retry has its own
+        pool = engines.pool.model_copy(update={"shards_in_flight": in_flight})
+        self.work = replace(self.work, pool=pool)
         return engine_resources(self.job.spec, engines, have)
 
-    def _pending(self) -> list[Shard]:
-        """Planned shards without a part, by a fresh listing. Raises JobIncomplete when one is out of attempts."""
+    def _left(self) -> list[Shard]:
+        """Planned shards without a part, by a fresh listing."""
         committed = committed_shards(self.storage, self.plan)
-        pending = [shard for shard in self.plan.shards if shard.id not in committed]
+        return [shard for shard in self.plan.shards if shard.id not in committed]
+
+    def _pending(self) -> list[Shard]:
+        """What is left to do. Raises JobIncomplete when a shard of it is out of attempts."""
+        pending = self._left()
         limit = self.work.errors.max_attempts
         spent = [shard for shard in pending if self.attempts[shard.id] >= limit]
         if spent:
@@ -206,7 +203,7 @@ class _Run:
                 else "Ray lost it without a word"
             )
             raise JobIncomplete(
-                f"{len(spent)} of {len(self.plan.shards)} shards have no part after {limit} attempts; "
+                f"{len(spent)} of {self.shards_total} shards {self.UNDONE} after {limit} attempts; "
                 f"the first is {spent[0].part_name} ({why}). Committed shards are kept: run again to try the rest"
             )
         return pending
@@ -308,12 +305,15 @@ class _Run:
             self.retries += 1
         self._tell("running" if self.ending is None else "stopping")
 
-    def _take_footer(self, footer: Footer) -> None:
-        self.stats += footer.stats
+    def _count(self, shard: Shard, stats: ShardStats) -> None:
+        self.stats += stats
         self.done += 1
-        if footer.stats.engine_deaths:
-            log.warning("%s: %d engines died under it", footer.shard.part_name, footer.stats.engine_deaths)
-            self.retries += footer.stats.engine_deaths
+        if stats.engine_deaths:
+            log.warning("%s: %d engines died under it", shard.part_name, stats.engine_deaths)
+            self.retries += stats.engine_deaths
+
+    def _take_footer(self, footer: Footer) -> None:
+        self._count(footer.shard, footer.stats)
         try:
             self.budget.take(footer)
         except ErrorBudgetSpent as error:
@@ -356,7 +356,7 @@ class _Run:
         self.observer(
             Progress(
                 phase=phase,
-                shards_total=len(self.plan.shards),
+                shards_total=self.shards_total,
                 shards_done=self.done,
                 rows_total=self.rows_total,
                 rows_before=self.rows_before,

@@ -2,6 +2,7 @@
 
 The part is built whole in memory, with its statistics in the footer, and put with one create-only request; its existence
 is the commit (design §4.4). Whoever comes second throws its rows away and reports the statistics of the part that stands.
+A retry's rows are merged into that part instead (`pipelines.merge`).
 """
 
 from __future__ import annotations
@@ -10,21 +11,21 @@ import contextlib
 import json
 import socket
 import time
-import uuid
 from dataclasses import asdict, replace
 from functools import cached_property
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipelines import __version__
 from pipelines.attempts import Attempts
 from pipelines.code import check_code
 from pipelines.contracts import FORMAT_VERSION, START_PARTS, Provenance, Work
+from pipelines.counting import count
 from pipelines.detokenize import Detokenizer
 from pipelines.errors import ShardError
-from pipelines.part import FOOTER_KEY, Footer, read_part, to_parquet
-from pipelines.result import build_result, count, error_examples
+from pipelines.merge import merge
+from pipelines.part import Footer, build_part, read_part
+from pipelines.result import build_result
 from pipelines.stage import Failure, Parcel
 from pipelines.storage import Storage
 from pipelines.tokenizer import do_without_torch, load_tokenizer
@@ -74,45 +75,30 @@ class Commit:
         if parcel.notes.get("committed"):
             return read_part(self.storage, parcel.shard.part_name).footer
         result = build_result(parcel, self.work, self.detokenizer)
+        if self.work.retry is not None:
+            return merge(self.storage, parcel, result, self.work, self._provenance(parcel))
         stats = count(parcel, result)
         if not stats.balanced:
             raise ShardError(f"the books of shard {parcel.shard.id} do not balance: {stats}")
-        examples = error_examples(result)
-        errors_object = None
-        if self.work.output.failed_rows == "separate":
-            failed = pc.is_valid(result["error_code"])
-            errors_object = self._put_errors(parcel, result.filter(failed))
-            result = result.filter(pc.invert(failed))
         footer = Footer(
             format_version=FORMAT_VERSION,
             shard=parcel.shard,
             fingerprint=self.work.fingerprint,
             stats=replace(stats, commit_s=time.monotonic() - began),
             provenance=self._provenance(parcel),
-            error_examples=examples,
-            errors_object=errors_object,
         )
-        data = to_parquet(result, self.work.output.compression, {FOOTER_KEY: footer.to_json()})
+        data, footer = build_part(self.storage, result, footer, self.work.output)
         if self.storage.create(f"data/{parcel.shard.part_name}", data):
             return footer
         return read_part(self.storage, parcel.shard.part_name).footer
 
     def _begin(self, parcel: Parcel) -> None:
         """Record the attempt. Raises WorkerDied for a shard that has ended this process too often."""
-        shard, pass_ = parcel.shard, parcel.notes["pass"]
-        if not self.attempts.begin(shard.id, pass_):
-            history = self.attempts.history(shard.id, pass_)
-            history.check("commit", shard.part_name, most=self.work.errors.max_attempts)
-            self.attempts.another(shard.id, pass_, history.latest)
-
-    def _put_errors(self, parcel: Parcel, failed: pa.Table) -> str | None:
-        """Named anew by each attempt, so that the one which comes second cannot overwrite what the part refers to."""
-        if not len(failed):
-            return None
-        stem = parcel.shard.part_name.removesuffix(".parquet")
-        name = f"errors/{stem}-{uuid.uuid4().hex[:8]}.parquet"
-        self.storage.write(name, to_parquet(failed, self.work.output.compression, {}))
-        return name
+        key, pass_ = self.work.attempts_key(parcel.shard), parcel.notes["pass"]
+        if not self.attempts.begin(key, pass_):
+            history = self.attempts.history(key, pass_)
+            history.check("commit", parcel.shard.part_name, most=self.work.errors.max_attempts)
+            self.attempts.another(key, pass_, history.latest)
 
     def _provenance(self, parcel: Parcel) -> Provenance:
         return Provenance(

@@ -107,6 +107,16 @@ def shard_id(spans: tuple[Span, ...], fingerprint: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Retry:
+    """What a retry runs again of the parts that stand, and by what."""
+
+    error_codes: tuple[str, ...] | None
+    """Failed rows with these codes; None: all failed rows."""
+    fingerprint: str
+    """Of the settings used, which may differ from the output's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """All that a worker needs to know of a job; built once by the driver, the same for every shard."""
 
@@ -127,6 +137,15 @@ class Work:
     errors: ErrorSettings
     input_schema: pa.Schema
     """The input columns that are read, pinned at the first plan."""
+    retry: Retry | None = None
+    """Set: only failed rows are run, and their results are merged into the parts that stand."""
+
+    def attempts_key(self, shard: Shard) -> str:
+        """Where `pipelines.attempts` records this work's attempts at a shard: each retry's apart from the first run's.
+
+        What killed engines by other settings, or was condemned then, says nothing about a retry.
+        """
+        return shard.id if self.retry is None else f"{self.run_id}/{shard.id}"
 
 
 # ── What passes between the stages ──────────────────────────────────────────────────────────────────────────────

@@ -5,6 +5,7 @@
     │   ├── SpecError       the job file: names file, key, what was given, what is allowed
     │   ├── InputError      the input path or a file of it
     │   ├── OutputError     the output path: not writable, another job's, inside the input
+    │   │   └── PartDamaged     a part that cannot be read as one; `dray verify --repair` moves it away
     │   ├── StorageError    a store that refuses us: credentials, bucket, permissions
     │   └── ModelError      the model source: not there, not a model, unknown engine arguments
     ├── RowError            one row: recorded in its part as `error_code` and `error_message`, counted
@@ -53,6 +54,10 @@ class InputError(BadInput):
 
 class OutputError(BadInput):
     """The output path cannot be used for this job."""
+
+
+class PartDamaged(OutputError):
+    """An object below `data/` that cannot be read as a part of this output."""
 
 
 class StorageError(BadInput):

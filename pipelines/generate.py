@@ -31,6 +31,7 @@ from pipelines.code import check_code
 from pipelines.contracts import Work
 from pipelines.engine import open_engine
 from pipelines.errors import EngineDied, EngineStartError, RowError, Stopped
+from pipelines.merge import is_committed
 from pipelines.stage import Failure, Parcel
 from pipelines.stop import StopFlag
 from pipelines.storage import Storage
@@ -65,9 +66,9 @@ class Generate:
         self._arrivals = itertools.count()
         self._request_numbers = itertools.count()
         self._calls: dict[asyncio.Future[Parcel], str] = {}
-        """Shards that are here: their work, and their id."""
+        """Shards that are here: their work, and the key of their attempts."""
         self._in_hand: dict[str, Attempt] = {}
-        """Shards that the engine has: id and latest record."""
+        """Shards that the engine has: the key of their attempts, and the latest record."""
         self._end: asyncio.Task[None] | None = None
         """Under way once the engine is dead."""
         self._watchers: tuple[asyncio.Task[None], ...] = ()
@@ -76,11 +77,11 @@ class Generate:
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         parcel = Parcel.from_batch(batch)
-        if parcel.failure:
+        if parcel.failure or parcel.notes.get("committed"):
             return parcel.to_batch()
         self._watch()
         call = asyncio.ensure_future(self._shard(parcel))
-        self._calls[call] = parcel.shard.id
+        self._calls[call] = self.work.attempts_key(parcel.shard)
         try:
             if self._stopping:
                 call.cancel()
@@ -102,7 +103,7 @@ class Generate:
         """Every row answered or failed, however often it takes a new engine. Raises what is not one row's fault."""
         started = await self._started()
         answering = Answering(parcel, self.work, started, self._request_numbers, next(self._arrivals))
-        shard, pass_ = parcel.shard.id, parcel.notes["pass"]
+        shard, pass_ = self.work.attempts_key(parcel.shard), parcel.notes["pass"]
         async with self._turns.shared():
             await self._unless_ending()
             first = await asyncio.to_thread(self.attempts.begin, shard, pass_)
@@ -111,8 +112,8 @@ class Generate:
         history = await asyncio.to_thread(self.attempts.history, shard, pass_)
         most = self.work.errors.max_attempts
         history.check("generate", parcel.shard.part_name, most=2 * most)
-        if await asyncio.to_thread(self.storage.exists, f"data/{parcel.shard.part_name}"):
-            # Ray repeats finished work when it loses the result. The part stands.
+        if await asyncio.to_thread(is_committed, self.storage, parcel.shard, self.work):
+            # Ray repeats finished work when it loses the result.
             return Parcel(shard=parcel.shard, notes=parcel.notes).noting(committed=True)
         deaths = len(history.deaths)
         async with self._turns.alone() if deaths else self._turns.shared():
@@ -123,13 +124,13 @@ class Generate:
             return await self._whole(parcel, answering, attempt, deaths)
 
     async def _whole(self, parcel: Parcel, answering: Answering, attempt: Attempt, deaths: int) -> Parcel:
-        async with self._holding(parcel.shard.id, attempt):
+        async with self._holding(self.work.attempts_key(parcel.shard), attempt):
             await answering.run(answering.answerable)
         return await asyncio.to_thread(answering.parcel, attempt=attempt.number, engine_deaths=deaths)
 
     async def _in_groups(self, parcel: Parcel, answering: Answering, history: History) -> Parcel:
         """A suspect's rows, few at a time and written down before, so that a death tells whose it was."""
-        shard, number = parcel.shard.id, history.latest
+        shard, number = self.work.attempts_key(parcel.shard), history.latest
         ids = answering.row_ids
         for row in answering.answerable:
             if ids[row] in history.condemned:

@@ -12,6 +12,7 @@ from pipelines.attempts import Attempts, History
 from pipelines.code import check_code
 from pipelines.contracts import PROMPT_SCHEMA, Work
 from pipelines.errors import Stopped
+from pipelines.merge import failed_rows
 from pipelines.prompt import PromptBuilder
 from pipelines.read import read_shard
 from pipelines.stage import Failure, Parcel
@@ -28,8 +29,8 @@ class Prepare:
         if own_process:
             do_without_torch(work.model)
         self.work = work
-        storage = Storage(work.output.path, work.output.storage_options)
-        self.attempts = Attempts(storage, "prepare", work.run_id)
+        self.storage = Storage(work.output.path, work.output.storage_options)
+        self.attempts = Attempts(self.storage, "prepare", work.run_id)
         self._stop = stop
         with contextlib.suppress(Exception):
             _ = self.builder
@@ -52,10 +53,20 @@ class Prepare:
             return parcel.failed(Failure.of("prepare", error)).to_batch()
 
     def shard(self, parcel: Parcel, history: History | None = None) -> Parcel:
-        """Read, filter, render and tokenise one shard; a few rows at a time where its `history` is bad."""
+        """Read, filter, render and tokenise one shard; a few rows at a time where its `history` is bad.
+
+        In a retry only the rows that failed; the bare shard, noted as committed, where this run has merged it.
+        """
         builder = self.builder
         started_at, began = time.time(), time.monotonic()
+        wanted = None
+        if self.work.retry is not None:
+            wanted = failed_rows(self.storage, parcel.shard, self.work)
+            if wanted is None:
+                return Parcel(shard=parcel.shard, notes=parcel.notes).noting(committed=True)
         rows = read_shard(parcel.shard, self.work.input, self.work.input_schema)
+        if wanted is not None:
+            rows = rows.only(wanted)
         prompts = (
             builder.build(rows.table) if history is None else self._in_groups(rows.table, history, parcel)
         )
@@ -74,13 +85,13 @@ class Prepare:
 
     def _begin(self, parcel: Parcel) -> History | None:
         """Record the attempt; the history where this shard has ended the process `errors.max_attempts` times."""
-        shard, pass_ = parcel.shard, parcel.notes["pass"]
-        if self.attempts.begin(shard.id, pass_):
+        key, pass_ = self.work.attempts_key(parcel.shard), parcel.notes["pass"]
+        if self.attempts.begin(key, pass_):
             return None
-        history = self.attempts.history(shard.id, pass_)
+        history = self.attempts.history(key, pass_)
         most = self.work.errors.max_attempts
-        history.check("prepare", shard.part_name, most=2 * most)
-        self.attempts.another(shard.id, pass_, history.latest)
+        history.check("prepare", parcel.shard.part_name, most=2 * most)
+        self.attempts.another(key, pass_, history.latest)
         return history if len(history.deaths) >= most else None
 
     def _in_groups(self, rows: pa.Table, history: History, parcel: Parcel) -> pa.Table:
@@ -90,7 +101,7 @@ class Prepare:
         built: dict[int, pa.Table] = {}
         for places in history.groups(ids):
             number = self.attempts.another(
-                parcel.shard.id, history.pass_, number, [ids[place] for place in places]
+                self.work.attempts_key(parcel.shard), history.pass_, number, [ids[place] for place in places]
             ).number
             prompts = self.builder.build(rows.take(places))
             built |= {place: prompts.slice(i, 1) for i, place in enumerate(places)}

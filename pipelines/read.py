@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.columns import keep_rows, rows_schema
 from pipelines.contracts import Shard, Span
+from pipelines.errors import ShardError
 from pipelines.filter import compile_filter
 from pipelines.read_csv import read_csv
 from pipelines.read_jsonl import read_jsonl
@@ -27,6 +29,17 @@ class Rows:
     """Rows that the shard's spans hold."""
     rows_filtered: int
     """Rows that `input.filter` did not select; `table` has the others."""
+
+    def only(self, row_ids: pa.Array) -> Rows:
+        """These rows as if there were no others, for a retry. Raises ShardError when one is not among them."""
+        # By place: row_id is the third from the end, and the input may have a column of that name.
+        table = self.table.filter(pc.is_in(self.table.column(self.table.num_columns - 3), value_set=row_ids))
+        if len(table) != len(row_ids):
+            raise ShardError(
+                f"{len(row_ids) - len(table)} of {len(row_ids)} failed rows are not in the input any more; "
+                "`dray verify --deep` tells whether the part is damaged"
+            )
+        return Rows(table, len(table), 0)
 
 
 def read_shard(shard: Shard, settings: InputSettings, schema: pa.Schema) -> Rows:

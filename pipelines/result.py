@@ -1,16 +1,14 @@
-"""A shard's result rows, and what there is to count about them."""
+"""A shard's result rows: its input's columns beside the answers."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.contracts import ShardStats, Work, result_schema, unpack
+from pipelines.contracts import Work, result_schema, unpack
 from pipelines.detokenize import Detokenizer
-from pipelines.histogram import Histogram
 from pipelines.stage import Parcel
 
 
@@ -58,41 +56,3 @@ def _texts(prompt_ids: pa.ChunkedArray, generations: pa.Table, detokenizer: Deto
     )
     engine_texts = generations["text"].cast(pa.string())
     return pc.replace_with_mask(engine_texts, missing.combine_chunks(), pa.array(texts, pa.string()))
-
-
-def count(parcel: Parcel, result: pa.Table) -> ShardStats:
-    """The shard's statistics, counted from the rows that will be written, not from what stages claimed."""
-    ok = result.filter(pc.is_null(result["error_code"]))
-    failed = result.filter(pc.is_valid(result["error_code"]))
-    first = ok.filter(pc.equal(ok["sample_index"], 0))
-    notes = parcel.notes
-    return ShardStats(
-        rows_read=notes["rows_read"],
-        rows_filtered=notes["rows_filtered"],
-        rows_in=len(parcel.prompts or ()),
-        rows_ok=pc.count_distinct(ok["row_id"]).as_py(),
-        rows_failed=pc.count_distinct(failed["row_id"]).as_py(),
-        samples=len(ok),
-        prompt_tokens=pc.sum(first["prompt_tokens"]).as_py() or 0,
-        completion_tokens=pc.sum(ok["completion_tokens"]).as_py() or 0,
-        cached_tokens=pc.sum(first["cached_tokens"]).as_py() or 0,
-        prepare_s=notes["prepare_s"],
-        queue_s=notes["queue_s"],
-        generate_s=notes["generate_s"],
-        preemptions=notes["preemptions"],
-        engine_deaths=notes["engine_deaths"],
-        error_codes=dict(Counter(failed["error_code"].to_pylist())),
-        finish_reasons=dict(Counter(ok["finish_reason"].to_pylist())),
-        latency_s=Histogram.from_dict(notes["latency_s"]),
-        ttft_s=Histogram.from_dict(notes["ttft_s"]),
-    )
-
-
-def error_examples(result: pa.Table) -> dict[str, dict[str, str]]:
-    """For each error code the first row that has it: `row_id` and `error_message`."""
-    failed = result.filter(pc.is_valid(result["error_code"]))
-    examples: dict[str, dict[str, str]] = {}
-    for code in failed["error_code"].unique().to_pylist():
-        row = failed.slice(pc.index(failed["error_code"], code).as_py(), 1).to_pylist()[0]
-        examples[code] = {"row_id": row["row_id"], "error_message": row["error_message"]}
-    return examples

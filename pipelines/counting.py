@@ -1,0 +1,95 @@
+"""What there is to count about a shard's result rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.contracts import ShardStats
+from pipelines.histogram import Histogram
+from pipelines.stage import Parcel
+
+#: The columns that `tally` reads.
+TALLIED = (
+    "row_id",
+    "sample_index",
+    "finish_reason",
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "error_code",
+)
+#: The statistics that the rows themselves tell; the others are times and what was read.
+COUNTED = (
+    "rows_ok",
+    "rows_failed",
+    "samples",
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "error_codes",
+    "finish_reasons",
+)
+
+
+def tally(rows: pa.Table) -> ShardStats:
+    """`COUNTED`, from all rows of a shard; `rows_in` is their number, nothing else is set."""
+    ok = rows.filter(pc.is_null(rows["error_code"]))
+    failed = rows.filter(pc.is_valid(rows["error_code"]))
+    first = ok.filter(pc.equal(ok["sample_index"], 0))
+    rows_ok, rows_failed = (pc.count_distinct(some["row_id"]).as_py() for some in (ok, failed))
+    return ShardStats(
+        rows_in=rows_ok + rows_failed,
+        rows_ok=rows_ok,
+        rows_failed=rows_failed,
+        samples=len(ok),
+        prompt_tokens=pc.sum(first["prompt_tokens"]).as_py() or 0,
+        completion_tokens=pc.sum(ok["completion_tokens"]).as_py() or 0,
+        cached_tokens=pc.sum(first["cached_tokens"]).as_py() or 0,
+        error_codes=dict(Counter(failed["error_code"].to_pylist())),
+        finish_reasons=dict(Counter(ok["finish_reason"].to_pylist())),
+    )
+
+
+def count(parcel: Parcel, result: pa.Table) -> ShardStats:
+    """The statistics of a parcel, counted from the rows that will be written, not from what stages claimed."""
+    notes = parcel.notes
+    return replace(
+        tally(result),
+        rows_read=notes["rows_read"],
+        rows_filtered=notes["rows_filtered"],
+        rows_in=len(parcel.prompts or ()),
+        prepare_s=notes["prepare_s"],
+        queue_s=notes["queue_s"],
+        generate_s=notes["generate_s"],
+        preemptions=notes["preemptions"],
+        engine_deaths=notes["engine_deaths"],
+        latency_s=Histogram.from_dict(notes["latency_s"]),
+        ttft_s=Histogram.from_dict(notes["ttft_s"]),
+    )
+
+
+def recount(standing: ShardStats, retried: ShardStats, rows: pa.Table) -> ShardStats:
+    """A shard's statistics after a retry: `rows` counted anew, the work on `retried` added, what was read as it was."""
+    counted = tally(rows)
+    return replace(
+        standing + retried,
+        shards=standing.shards,
+        rows_read=standing.rows_read,
+        rows_filtered=standing.rows_filtered,
+        rows_in=standing.rows_in,
+        **{name: getattr(counted, name) for name in COUNTED},
+    )
+
+
+def error_examples(result: pa.Table) -> dict[str, dict[str, str]]:
+    """For each error code the first row that has it: `row_id` and `error_message`."""
+    failed = result.filter(pc.is_valid(result["error_code"]))
+    examples: dict[str, dict[str, str]] = {}
+    for code in failed["error_code"].unique().to_pylist():
+        row = failed.slice(pc.index(failed["error_code"], code).as_py(), 1).to_pylist()[0]
+        examples[code] = {"row_id": row["row_id"], "error_message": row["error_message"]}
+    return examples

@@ -1,0 +1,168 @@
+"""A retry's results into the part that stands for their shard: `dray retry-failed`.
+
+    part ──failed_rows──► prepare ──► generate ──► result ──merge──► the same part, if it is still that version
+
+A merge changes rows that have failed and nothing else, so that it may come late, twice, or beside another one: an answer
+is never replaced, every version of the part holds every row of its shard once, and whoever meets another version than
+the one it read starts over. The footer names each run that has merged, so that Ray's repeats find their work done.
+See docs/decisions/0006.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.contracts import FORMAT_VERSION, Provenance, Shard, Work, result_schema
+from pipelines.counting import count, recount, tally
+from pipelines.errors import PartDamaged, ShardError
+from pipelines.part import Footer, Part, Retried, build_part, part_of, raise_if_damaged, read_part, to_parquet
+from pipelines.place import places
+from pipelines.stage import Parcel
+from pipelines.storage import Storage
+
+
+def is_committed(storage: Storage, shard: Shard, work: Work) -> bool:
+    """Whether this run has nothing to do for the shard any more: its part stands, or holds what this retry merged."""
+    if work.retry is None:
+        return storage.exists(f"data/{shard.part_name}")
+    try:
+        return read_part(storage, shard.part_name).footer.retry_by(work.run_id) is not None
+    except PartDamaged:
+        return False  # `merge` says so
+
+
+def failed_rows(storage: Storage, shard: Shard, work: Work) -> pa.Array | None:
+    """Ids of the rows that a retry runs again; None when this run has merged the shard. Raises ShardError."""
+    assert work.retry is not None
+    standing = _standing(storage, shard, ["row_id", "error_code"])
+    if standing.part.footer.retry_by(work.run_id):
+        return None
+    codes = standing.rows["error_code"]
+    wanted = work.retry.error_codes
+    matching = (
+        pc.is_valid(codes) if wanted is None else pc.is_in(codes, value_set=pa.array(wanted, pa.string()))
+    )
+    return standing.rows["row_id"].filter(matching).combine_chunks()
+
+
+def merge(storage: Storage, parcel: Parcel, result: pa.Table, work: Work, provenance: Provenance) -> Footer:
+    """Put the result rows in place of those that are still failed; the footer that stands afterwards.
+
+    Raises ShardError when the part is gone or damaged: a merge never makes a part.
+    """
+    assert work.retry is not None
+    began = time.monotonic()
+    shard = parcel.shard
+    name = f"data/{shard.part_name}"
+    while True:  # each refusal below means that somebody else's merge went through
+        standing = _standing(storage, shard)
+        before = standing.part.footer
+        if before.retry_by(work.run_id):
+            return before
+        rows, new = _replaced(
+            standing.rows, result, shard, result_schema(work.input_schema, work.output, work.sampling)
+        )
+        run_again = tally(new).rows_in
+        retried = replace(
+            count(parcel, new),
+            rows_read=run_again,
+            rows_filtered=0,
+            rows_in=run_again,
+            commit_s=time.monotonic() - began,
+        )
+        after = replace(
+            before,
+            format_version=FORMAT_VERSION,
+            stats=recount(before.stats, retried, rows),
+            retries=(
+                *before.retries,
+                Retried(fingerprint=work.retry.fingerprint, stats=retried, provenance=provenance),
+            ),
+        )
+        if not after.stats.balanced:
+            raise ShardError(f"the books of shard {shard.id} do not balance after a merge: {after.stats}")
+        data, after = build_part(storage, rows, after, work.output)
+        if storage.replace(name, data, standing.version):
+            break
+    if after.errors_object:
+        _keep_errors(storage, shard, after.errors_object, rows, work)
+    if before.errors_object:
+        storage.delete(before.errors_object)
+    return after
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """A part as one read found it, with its failed rows wherever they are."""
+
+    part: Part
+    version: str
+    rows: pa.Table
+
+
+def _standing(storage: Storage, shard: Shard, columns: list[str] | None = None) -> _Standing:
+    name = f"data/{shard.part_name}"
+    where = storage.url(name)
+    while True:
+        found = storage.read_versioned(name)
+        if found is None:
+            raise ShardError(f"{where} is gone; `dray resume` makes it anew")
+        data, version = found
+        try:
+            part = part_of(pa.BufferReader(data), shard.part_name, where)
+            rows = _table(data, columns, where)
+            errors_object = part.footer.errors_object
+            if errors_object:
+                failed = storage.read_versioned(errors_object)
+                if failed is None:
+                    if storage.info(name).version != version:
+                        continue  # merged meanwhile, and its failed rows are elsewhere now
+                    raise PartDamaged(f"{where}: its failed rows, {errors_object}, are gone")
+                rows = pa.concat_tables([rows, _table(failed[0], columns, storage.url(errors_object))])
+        except PartDamaged as error:
+            # One part's, not the whole retry's.
+            raise ShardError(f"{error}; `dray verify --deep --repair` moves it away") from error
+        return _Standing(part, version, rows)
+
+
+def _table(data: bytes, columns: list[str] | None, where: str) -> pa.Table:
+    try:
+        return pq.read_table(pa.BufferReader(data), columns=columns).replace_schema_metadata(None)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise_if_damaged(error, where)
+        raise
+
+
+def _replaced(
+    standing: pa.Table, result: pa.Table, shard: Shard, schema: pa.Schema
+) -> tuple[pa.Table, pa.Table]:
+    """(all rows of the shard after the merge, in input order; those of them that are new)."""
+    if standing.column_names != schema.names:
+        raise ShardError(f"{shard.part_name} has other columns than this job's: {standing.column_names}")
+    failed = standing["row_id"].filter(pc.is_valid(standing["error_code"]))
+    new = result.filter(pc.is_in(result["row_id"], value_set=failed.combine_chunks()))
+    kept = standing.filter(pc.invert(pc.is_in(standing["row_id"], value_set=new["row_id"].combine_chunks())))
+    # Parquet gives some types back as others (seconds as milliseconds): the part's schema stays what it was.
+    rows = pa.concat_tables([kept.cast(schema), new]).unify_dictionaries()
+    keys = places(rows["row_id"], shard).append_column("sample_index", rows["sample_index"])
+    if keys["span"].null_count:
+        raise ShardError(f"{shard.part_name} holds rows of another shard; see `dray verify --deep --repair`")
+    order = pc.sort_indices(
+        keys, sort_keys=[(column, "ascending") for column in ("span", "position", "sample_index")]
+    )
+    return rows.take(order), new
+
+
+def _keep_errors(storage: Storage, shard: Shard, name: str, rows: pa.Table, work: Work) -> None:
+    """See that the failed rows are still where the part that stands says.
+
+    Until then nothing referred to them: a driver that finishes, while this merge is the last of a killed one, clears
+    such objects away.
+    """
+    if not storage.exists(name) and read_part(storage, shard.part_name).footer.errors_object == name:
+        storage.write(name, to_parquet(rows.filter(pc.is_valid(rows["error_code"])), work.output.compression))
