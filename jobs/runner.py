@@ -147,11 +147,11 @@ class _Run:
         self.retries = 0
         self.ending: DrayError | None = None
         """Why this run ends before its work does, once it is known."""
-        committed = committed_shards(storage, plan)
-        self.done = len(committed)
+        self.committed = committed_shards(storage, plan)
+        """Ids of the shards that are known to have a part."""
         rows = [shard.rows for shard in plan.shards]
         self.rows_total = None if None in rows else sum(n for n in rows if n is not None)
-        self.rows_before = sum(shard.rows or 0 for shard in plan.shards if shard.id in committed)
+        self.rows_before = sum(shard.rows or 0 for shard in plan.shards if shard.id in self.committed)
         self.budget = ErrorBudget(work.errors, self.rows_total, storage.url())
 
     def to_the_end(self) -> Report:
@@ -195,7 +195,7 @@ class _Run:
         """Stream the pending shards once. Raises what ends the run, after the shards in flight had their time."""
         import ray.exceptions
 
-        before = self.done
+        before = len(self.committed)
         heard: set[str] = set()
         flag = StopFlag()
         try:
@@ -210,7 +210,7 @@ class _Run:
                 self.failures.setdefault(shard.id, Failure.of("generate", error))
         if self.ending is not None:
             raise self.ending
-        if self.done == before:
+        if len(self.committed) == before:
             # Without progress, silence counts as a failed attempt, or a stream that breaks would be tried for ever.
             self.attempts.update(shard.id for shard in pending if shard.id not in heard)
 
@@ -289,6 +289,9 @@ class _Run:
     def _take_footer(self, footer: Footer) -> None:
         self.stats += footer.stats
         self.done += 1
+        if footer.shard.id in self.committed:
+            return  # told before: Ray may repeat finished work
+        self.committed.add(footer.shard.id)
         if footer.stats.engine_deaths:
             log.warning("%s: %d engines died under it", footer.shard.part_name, footer.stats.engine_deaths)
             self.retries += footer.stats.engine_deaths
@@ -335,7 +338,7 @@ class _Run:
             Progress(
                 phase=phase,
                 shards_total=len(self.plan.shards),
-                shards_done=self.done,
+                shards_done=len(self.committed),
                 rows_total=self.rows_total,
                 rows_before=self.rows_before,
                 stats=self.stats,
