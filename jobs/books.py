@@ -25,7 +25,7 @@ from pipelines.storage import Storage
 T = TypeVar("T")
 
 SUCCESS = "data/_SUCCESS"
-_ERRORS_OBJECT = re.compile(r"errors/part-\d{6,}-[0-9a-f]{16}-[0-9a-f]{8}\.parquet")
+_ERRORS_OBJECT = re.compile(r"errors/(?P<part>part-\d{6,}-[0-9a-f]{16})-[0-9a-f]{8}\.parquet")
 #: Footers are small reads of one round trip each; 32 at once keeps a listing of 100,000 parts to minutes on S3.
 _READERS = 32
 
@@ -78,11 +78,18 @@ def clear_superseded(storage: Storage, plan: Plan) -> None:
             storage.delete(f"data/{old.shard.part_name}")
 
 
-def clear_unreferenced_errors(storage: Storage, books: Books) -> None:
-    """Remove what attempts that came second wrote to `errors/`: no part refers to it."""
-    referenced = {part.footer.errors_object for part in books.parts}
+def clear_unreferenced_errors(storage: Storage, plan: Plan, books: Books) -> None:
+    """Remove what attempts that came second wrote to `errors/`: no part refers to it.
+
+    Only of parts that stand or are superseded: another driver may have extended the plan since `books` were made, and
+    what its attempts write is not referred to before they commit.
+    """
+    referenced = {part.name: part.footer.errors_object for part in books.parts}
+    referenced |= {old.shard.part_name: None for old in plan.superseded}
     for info in storage.list("errors"):
-        if info.name not in referenced and _ERRORS_OBJECT.fullmatch(info.name):
+        match = _ERRORS_OBJECT.fullmatch(info.name)
+        name = f"{match['part']}.parquet" if match else ""
+        if name in referenced and referenced[name] != info.name:
             storage.delete(info.name)
 
 

@@ -311,7 +311,7 @@ class _Run:
             problem = books.problems[0] if books.problems else f"{books.missing[0].part_name} is gone"
             raise JobIncomplete(f"the output's books do not agree: {problem} (`dray verify` lists all)")
         self.lock.check()
-        clear_unreferenced_errors(self.storage, books)
+        clear_unreferenced_errors(self.storage, self.plan, books)
         clear_attempts(self.storage)
         succeeded = books.totals.error_rate <= self.work.errors.max_error_rate
         write_stats(self.storage, books)
