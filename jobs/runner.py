@@ -157,6 +157,8 @@ class _Run:
     def to_the_end(self) -> Report:
         pending = self._pending()
         if not pending and self.storage.exists(SUCCESS):
+            # A worker that outlived its driver may have put back a part since.
+            clear_superseded(self.storage, self.plan)
             self._tell("done", note=f"nothing to do: all {len(self.plan.shards):,} shards are committed")
             return self._report(fold(self.storage, self.plan), succeeded=True)
         self.storage.delete(SUCCESS)
