@@ -289,11 +289,10 @@ class _Run:
         self._tell("running" if self.ending is None else "stopping")
 
     def _take_footer(self, footer: Footer) -> None:
-        self.stats += footer.stats
-        self.done += 1
         if footer.shard.id in self.committed:
             return  # told before: Ray may repeat finished work
         self.committed.add(footer.shard.id)
+        self.stats += footer.stats
         if footer.stats.engine_deaths:
             log.warning("%s: %d engines died under it", footer.shard.part_name, footer.stats.engine_deaths)
             self.retries += footer.stats.engine_deaths
@@ -320,6 +319,7 @@ class _Run:
         report = self._report(books, succeeded=succeeded)
         write_card(self.storage, report)
         self.budget.check_total(books.totals, (part.footer for part in books.parts))
+        self.lock.confirm()  # the plan may have been extended while this process slept
         succeed(self.storage, report)
         self._tell("done")
         return report
