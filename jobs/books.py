@@ -91,11 +91,18 @@ def clear_superseded(storage: Storage, plan: Plan) -> None:
             storage.delete(f"data/{old.shard.part_name}")
 
 
-def clear_unreferenced_errors(storage: Storage, books: Books) -> None:
-    """Remove what attempts that came second wrote to `errors/`: no part refers to it."""
-    referenced = {part.footer.errors_object for part in books.parts}
+def clear_unreferenced_errors(storage: Storage, plan: Plan, books: Books) -> None:
+    """Remove what attempts that came second wrote to `errors/`: no part refers to it.
+
+    Only of parts that stand or are superseded: another driver may have extended the plan since `books` were made, and
+    what its attempts write is not referred to before they commit.
+    """
+    referenced = {part.name: part.footer.errors_object for part in books.parts}
+    referenced |= {old.shard.part_name: None for old in plan.superseded}
     for info in storage.list("errors"):
-        if info.name not in referenced and ERRORS_OBJECT.fullmatch(info.name):
+        match = ERRORS_OBJECT.fullmatch(info.name)
+        name = f"{match['part']}.parquet" if match else ""
+        if name in referenced and referenced[name] != info.name:
             storage.delete(info.name)
 
 

@@ -130,6 +130,8 @@ class OutputLock:
         self.cancelled_by = ""
         """Who asked this run to stop, once somebody has."""
         self._released = threading.Event()
+        self._heard_at = time.time()
+        """When our latest sign of life was sent; wall clock, since a monotonic one stands still on a suspended machine."""
         self._thread: threading.Thread | None = None
         self._mine = Holder(
             run_id=run_id,
@@ -160,6 +162,15 @@ class OutputLock:
                 "of ours; what is committed stays, `dray resume` continues when the other run has ended"
             )
 
+    def confirm(self) -> None:
+        """`check` with a look at the store, one request: a driver that slept does not know yet what it has lost.
+
+        A lock that is gone counts as lost here: somebody may have taken it, done his work and given it back.
+        """
+        found = self._storage.read_versioned(LOCK_NAME)
+        self._recognise(Holder.from_json(found[0]) if found else None)
+        self.check()
+
     # ── taking it ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def acquire(self) -> None:
@@ -179,6 +190,7 @@ class OutputLock:
             if self._storage.replace(LOCK_NAME, self._mine.to_json(), version):
                 break
             # another one was quicker: the next round looks at its record
+        self._heard_at = time.time()
         self._thread = threading.Thread(target=self._renew, name="dray-lock", daemon=True)
         self._thread.start()
 
@@ -219,24 +231,34 @@ class OutputLock:
                 return
 
     def _beat(self) -> None:
-        following = replace(self._mine, beat=self._mine.beat + 1)
+        began = time.time()
         found = self._storage.read_versioned(LOCK_NAME)
         if found is None:
+            if began - self._heard_at > self._stale_s:
+                # While we slept somebody may have taken it, changed the plan and given it back.
+                self._recognise(None)
             # Deleted by hand while we live. Taken again, unless another driver was quicker.
-            if not self._released.is_set() and self._storage.create(LOCK_NAME, following.to_json()):
-                self._mine = following
+            elif not self._released.is_set() and self._storage.create(LOCK_NAME, self._mine.to_json()):
+                self._heard_at = began
             return
-        data, version = found
-        holder = Holder.from_json(data)
-        if holder is None or holder.token != self._mine.token:
-            self._taker = str(holder) if holder else "somebody who overwrote it"
-            self.lost.set()
+        holder = self._recognise(Holder.from_json(found[0]))
+        if holder is None:
             return
         self.cancelled_by = holder.cancelled_by
-        following = replace(following, cancelled_by=holder.cancelled_by)
-        if self._storage.replace(LOCK_NAME, following.to_json(), version):
-            self._mine = following
+        # Counted on from what the store has: after a lost answer our own count would give the same content, and so the
+        # same version, once more, which looks like standing still.
+        self._mine = replace(holder, beat=holder.beat + 1)
+        if self._storage.replace(LOCK_NAME, self._mine.to_json(), found[1]):
+            self._heard_at = began
         # else it changed this very moment: the next beat tells by whom
+
+    def _recognise(self, holder: Holder | None) -> Holder | None:
+        """The holder if that is us; otherwise None, and the lock is lost."""
+        if holder is not None and holder.token == self._mine.token:
+            return holder
+        self._taker = str(holder) if holder else "somebody who removed or overwrote it"
+        self.lost.set()
+        return None
 
     def release(self) -> None:
         """Give the lock back; another's is left alone. Never raises for a store that fails: the lock goes stale."""

@@ -43,11 +43,14 @@ def check_claim(storage: Storage, fingerprint: str, identity: Mapping[str, Any])
         # All that a run writes, overwrites or clears away.
         foreign = [info.name for folder in ("data", "errors", "stats") for info in storage.list(folder)]
         foreign += [name for name in ("README.md",) if storage.exists(name)]
-        if foreign:
+        if not foreign:
+            return
+        record = read_spec(storage)  # once more: another driver may have begun since
+        if record is None:
             raise OutputError(
                 f"{storage.url()} already holds {foreign[0]}, which no Dray job wrote: choose another output.path"
             )
-    elif record["fingerprint"] != fingerprint:
+    if record["fingerprint"] != fingerprint:
         changed = explain_difference(record["identity"], identity)
         raise OutputError(
             f"{storage.url()} holds the output of a different spec ({'; '.join(changed) or 'other content'}): "

@@ -74,7 +74,11 @@ class Proposal:
             # A folder that is being extended is not a whole one.
             self.storage.delete(SUCCESS)
         claim(self.storage, self.job, self.plan.fingerprint, self.identity)
-        return save_plan(self.storage, self.plan)
+        saved = save_plan(self.storage, self.plan)
+        if self.plan.new_segments:
+            # Once more: where this process slept in between, another run may have finished the plan as it was.
+            self.storage.delete(SUCCESS)
+        return saved
 
     def render(self) -> RenderableType:
         """Lines for the terminal."""

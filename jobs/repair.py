@@ -52,7 +52,7 @@ def repair(
                 storage.delete(SUCCESS)
                 done.append(f"removed {SUCCESS}")
         else:
-            clear_unreferenced_errors(storage, books)
+            clear_unreferenced_errors(storage, plan, books)
         write_stats(storage, books)
         write_card(storage, stored_report(storage, record, books))
         done.append("rebuilt stats/shards.parquet and README.md from the footers")

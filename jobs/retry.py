@@ -103,7 +103,8 @@ class _RetryDriver(Driver):
     def take_on(self, parts: Sequence[Part], rows: int) -> None:
         """What this retry is about; no other part is looked at until the end."""
         self._parts = {part.name: part.footer.shard for part in parts}
-        self.shards_total, self.done, self.rows_total, self.rows_before = len(parts), 0, rows, 0
+        self.shards_total, self.rows_total, self.rows_before = len(parts), rows, 0
+        self.done = set()
 
     def to_the_end(self) -> Report:
         pending = self._pending()
@@ -163,6 +164,7 @@ class _RetryDriver(Driver):
             )
             return report
         if within and not accepted:
+            self.lock.confirm()
             succeed(self.storage, report)
         if not within and strict:
             self.budget.check_total(books.totals, (part.footer for part in books.parts))
@@ -171,7 +173,7 @@ class _RetryDriver(Driver):
 
     def _clear(self, books: Books) -> None:
         if books.complete:
-            clear_unreferenced_errors(self.storage, books)
+            clear_unreferenced_errors(self.storage, self.plan, books)
             clear_attempts(self.storage)
         else:
             clear_attempts(self.storage, self.work.run_id)  # the first run's still count

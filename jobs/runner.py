@@ -147,16 +147,19 @@ class Driver:
         self.retries = 0
         self.ending: DrayError | None = None
         """Why this run ends before its work does, once it is known."""
-        committed = committed_shards(storage, plan)
-        self.shards_total, self.done = len(plan.shards), len(committed)
+        self.shards_total = len(plan.shards)
+        self.done = committed_shards(storage, plan)
+        """Ids of the shards that are known to have their part; in a retry those that it has merged."""
         rows = [shard.rows for shard in plan.shards]
         self.rows_total = None if None in rows else sum(n for n in rows if n is not None)
-        self.rows_before = sum(shard.rows or 0 for shard in plan.shards if shard.id in committed)
+        self.rows_before = sum(shard.rows or 0 for shard in plan.shards if shard.id in self.done)
         self.budget = ErrorBudget(work.errors, self.rows_total, storage.url())
 
     def to_the_end(self) -> Report:
         pending = self._pending()
         if not pending and self.storage.exists(SUCCESS):
+            # A worker that outlived its driver may have put back a part since.
+            clear_superseded(self.storage, self.plan)
             self._tell("done", note=f"nothing to do: all {len(self.plan.shards):,} shards are committed")
             return self._report(fold(self.storage, self.plan), succeeded=True)
         self.storage.delete(SUCCESS)
@@ -214,7 +217,7 @@ class Driver:
         """Stream the pending shards once. Raises what ends the run, after the shards in flight had their time."""
         import ray.exceptions
 
-        before = self.done
+        before = len(self.done)
         heard: set[str] = set()
         flag = StopFlag()
         try:
@@ -229,7 +232,7 @@ class Driver:
                 self.failures.setdefault(shard.id, Failure.of("generate", error))
         if self.ending is not None:
             raise self.ending
-        if self.done == before:
+        if len(self.done) == before:
             # Without progress, silence counts as a failed attempt, or a stream that breaks would be tried for ever.
             self.attempts.update(shard.id for shard in pending if shard.id not in heard)
 
@@ -305,15 +308,20 @@ class Driver:
             self.retries += 1
         self._tell("running" if self.ending is None else "stopping")
 
-    def _count(self, shard: Shard, stats: ShardStats) -> None:
+    def _count(self, shard: Shard, stats: ShardStats) -> bool:
+        """Add up what has become of a shard; False where that was told before: Ray may repeat finished work."""
+        if shard.id in self.done:
+            return False
+        self.done.add(shard.id)
         self.stats += stats
-        self.done += 1
         if stats.engine_deaths:
             log.warning("%s: %d engines died under it", shard.part_name, stats.engine_deaths)
             self.retries += stats.engine_deaths
+        return True
 
     def _take_footer(self, footer: Footer) -> None:
-        self._count(footer.shard, footer.stats)
+        if not self._count(footer.shard, footer.stats):
+            return
         try:
             self.budget.take(footer)
         except ErrorBudgetSpent as error:
@@ -330,13 +338,14 @@ class Driver:
             problem = books.problems[0] if books.problems else f"{books.missing[0].part_name} is gone"
             raise JobIncomplete(f"the output's books do not agree: {problem} (`dray verify` lists all)")
         self.lock.check()
-        clear_unreferenced_errors(self.storage, books)
+        clear_unreferenced_errors(self.storage, self.plan, books)
         clear_attempts(self.storage)
         succeeded = books.totals.error_rate <= self.work.errors.max_error_rate
         write_stats(self.storage, books)
         report = self._report(books, succeeded=succeeded)
         write_card(self.storage, report)
         self.budget.check_total(books.totals, (part.footer for part in books.parts))
+        self.lock.confirm()  # the plan may have been extended while this process slept
         succeed(self.storage, report)
         self._tell("done")
         return report
@@ -357,7 +366,7 @@ class Driver:
             Progress(
                 phase=phase,
                 shards_total=self.shards_total,
-                shards_done=self.done,
+                shards_done=len(self.done),
                 rows_total=self.rows_total,
                 rows_before=self.rows_before,
                 stats=self.stats,

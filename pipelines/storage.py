@@ -188,16 +188,21 @@ class Storage:
 
     @cached_property
     def _backend(self) -> Backend:
-        if self.is_local:
-            return LocalBackend(self._folder)
-        if self._protocol == "s3":
-            return S3Backend(self.options, self.patience_s)
-        return OtherBackend(self._protocol, self.options, self.patience_s)
+        return open_backend(self._protocol, self._folder, self.options, self.patience_s)
 
     def _path(self, name: str) -> str:
         if name.startswith("/") or not name or ".." in name.split("/"):
             raise ValueError(f"{name!r} is no name below {self.root}")
         return f"{self._base}/{name}"
+
+
+def open_backend(protocol: str, folder: str, options: Mapping[str, Any], patience_s: float) -> Backend:
+    """The store of a protocol, as `Storage` uses it: once per process that the `Storage` comes to."""
+    if protocol == "file":
+        return LocalBackend(folder)
+    if protocol == "s3":
+        return S3Backend(options, patience_s)
+    return OtherBackend(protocol, options, patience_s)
 
 
 def locate(url: str, options: Mapping[str, Any] | None = None) -> tuple[Storage, str]:

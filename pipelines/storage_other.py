@@ -3,7 +3,7 @@
 None of them offers conditional writes through fsspec. Creation therefore looks first and writes then: of two writers
 that look within the same round trip both believe they were first, and the later one's bytes stay. Dray's parts bear
 that (both hold the same shard, and the books are folded from the footers afterwards), the lock narrows it to drivers
-that start within the same instant.
+that start within the same instant, and to one that sleeps between its look and its write.
 """
 
 from __future__ import annotations
