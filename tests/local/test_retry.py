@@ -21,7 +21,7 @@ from pipelines.errors import ErrorBudgetSpent, OutputError, SpecError
 from pipelines.storage import Storage
 from tests.local.runs import DRAY, REAL, ROOT, content, dray, job, rows_of, write_questions
 
-pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(400)]
 
 ENOUGH = "model.engine.max_model_len=4000"
 
@@ -202,7 +202,7 @@ def test_on_the_real_engine(tmp_path: Path) -> None:
     assert report.stats.error_codes == {"prompt_too_long": 10}
     # The long prompts say nothing that the questions' column does not; cut short they can be answered.
     report = retry_failed(
-        job_of(str(tmp_path / "out"), ["prompt.template={{ id }} {{ question[:40] }}"]), run_id="second"
+        job_of(str(tmp_path / "out"), ["prompt.template={{ kind }} {{ question[:40] }}"]), run_id="second"
     )
     assert not report.simulated
     assert (report.stats.rows_ok, report.stats.rows_failed) == (60, 0)
