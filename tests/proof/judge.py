@@ -220,7 +220,7 @@ class Judge:
         process, _ = self.locks[token]
         mine = next(at for at, taker in self._taken_at if taker == token)
         for at, taker in self._taken_at:
-            if at > mine and taker != token:
+            if at > mine and taker != token and self.locks[taker][0].alive:
                 believed = min(now, self._left_at.get(taker, now)) - max(at, process.thaws_at)
                 self.overlap_s = max(self.overlap_s, believed)
                 self.check(
