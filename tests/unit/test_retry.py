@@ -230,7 +230,7 @@ def test_a_late_commit_of_the_first_run_changes_nothing(tmp_path: Path) -> None:
     assert rows_of(output.folder).to_pylist() == before
     assert all(footer.retry_by("second") for footer in footers)
     # What it wrote to errors/ before it came second goes at the end of the next run.
-    clear_unreferenced_errors(output.storage, fold(output.storage, output.plan))
+    clear_unreferenced_errors(output.storage, output.plan, fold(output.storage, output.plan))
     assert sound(output)
     assert len(rows_of(output.folder, "errors")) == 2
 
@@ -322,7 +322,7 @@ def test_two_merges_in_any_order_keep_both_answers(tmp_path: Path, mode: str, at
     books = fold(output.storage, output.plan)
     assert books.totals.error_codes == {}
     assert {retried.provenance.run_id for retried in books.parts[0].footer.retries} == {"one", "other"}
-    clear_unreferenced_errors(output.storage, books)
+    clear_unreferenced_errors(output.storage, output.plan, books)
     assert sound(output)
     answered = {row["row_id"].rpartition("#")[2]: row["run_id"] for row in rows_of(output.folder).to_pylist()}
     assert {int(row) for row, by in answered.items() if by == "one"} == {*LONG}
@@ -340,7 +340,7 @@ def test_a_merge_killed_anywhere_and_a_retry_after_it(tmp_path: Path, mode: str,
         merge(work, batch, Watched(output.storage, at, kill))
     assert sound(output)  # also where it stopped
     run(output.retry("second", ENOUGH), output.plan.shards)
-    clear_unreferenced_errors(output.storage, fold(output.storage, output.plan))
+    clear_unreferenced_errors(output.storage, output.plan, fold(output.storage, output.plan))
     assert everything(output) == undisturbed(tmp_path, **sections)
     assert sound(output)
 
@@ -350,7 +350,7 @@ def test_failed_rows_that_a_finishing_driver_cleared_under_a_merge_are_written_a
     output = committed(settings(tmp_path, **SEPARATE))
 
     def finish() -> None:
-        clear_unreferenced_errors(output.storage, fold(output.storage, output.plan))
+        clear_unreferenced_errors(output.storage, output.plan, fold(output.storage, output.plan))
 
     work = output.retry("zombie", ENOUGH)
     (batch,) = generated(work, output.plan.shards[:1])

@@ -176,7 +176,9 @@ def test_strangers_are_moved_and_parts_that_are_gone_are_told(output: Output) ->
     assert not mended["ok"]
     assert mended["missing"] == [first.name]
     run(output.work("anew"), fold(output.storage, output.plan).missing)
-    clear_unreferenced_errors(output.storage, fold(output.storage, output.plan))  # as each run's end does
+    clear_unreferenced_errors(
+        output.storage, output.plan, fold(output.storage, output.plan)
+    )  # as each run's end does
     assert everything(output) == clean
     kept = {path.name: path.read_bytes() for path in (output.folder / ".dray" / "damaged").rglob("*.*")}
     assert kept == {"copy.parquet.damaged": second.read_bytes(), "notes.txt.damaged": b"mine"}
