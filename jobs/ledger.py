@@ -17,7 +17,7 @@ from typing import Any
 
 from jobs.lock import current_user
 from pipelines import __version__
-from pipelines.errors import BadInput, DrayError, Interrupted, ShardError
+from pipelines.errors import DrayError, Interrupted
 from pipelines.storage import Storage
 
 log = logging.getLogger("dray")
@@ -63,7 +63,7 @@ class Ledger:
         finally:
             try:
                 self.append("ended", state=state, message=message)
-            except (BadInput, ShardError) as error:
+            except DrayError as error:
                 # A full disk, say: how the run ended matters more than that it is not written down.
                 log.warning("the ledger does not say that this run ended: %s", error)
 

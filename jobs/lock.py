@@ -32,7 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from pipelines.errors import BadInput, OutputLocked, ShardError
+from pipelines.errors import DrayError, OutputLocked
 from pipelines.storage import Storage
 
 LOCK_NAME = ".dray/lock.json"
@@ -225,7 +225,7 @@ class OutputLock:
         while not self._released.wait(self._mine.heartbeat_s):
             try:
                 self._beat()
-            except (BadInput, ShardError, OSError) as error:
+            except (DrayError, OSError) as error:
                 self._notify(f"cannot renew the lock, trying on: {error}")
             if self.lost.is_set():
                 return
@@ -272,7 +272,7 @@ class OutputLock:
                 holder = Holder.from_json(found[0])
                 if holder is not None and holder.token == self._mine.token:
                     self._storage.delete(LOCK_NAME, found[1])
-        except (BadInput, ShardError, OSError) as error:
+        except (DrayError, OSError) as error:
             self._notify(f"cannot remove the lock; others can take it in {self._stale_s:.0f} s: {error}")
 
 

@@ -15,6 +15,7 @@
     │   ├── WorkerDied              a stage's process died of this shard again and again
     │   └── Stopped                 not run, or not finished: the run was asked to stop
     └── JobError            the whole job stops: exit code 1, committed work stays
+        ├── StorageFull             a disk or a quota is used up
         ├── EngineStartError        the engine cannot start
         ├── EngineBroken            engine after engine dies of whatever it is given
         ├── ErrorBudgetSpent        more failed rows than `errors.max_error_rate` allows
@@ -117,6 +118,10 @@ class Stopped(ShardError):
 
 class JobError(DrayError):
     """The job stops; what is committed stays."""
+
+
+class StorageFull(JobError):
+    """A disk or a quota is used up: with more room the same command goes on."""
 
 
 class EngineStartError(JobError):

@@ -31,7 +31,7 @@ SCOPES: Mapping[str, Entry] = {
     "pipelines.errors.InputError": "shard",  # but a file that is gone, changed or damaged is in one shard only
     # ── Python ──
     "builtins.MemoryError": "shard",  # this worker's memory; in a template or user code it is the row's, as any other
-    # Disk full among them: of a worker's own disk. A full output is a StorageError by the time it comes here.
+    # Disk full among them: of a worker's own disk. A full output is a StorageFull by the time it comes here.
     "builtins.OSError": "shard",
     "builtins.ConnectionError": "passing",
     "builtins.TimeoutError": "passing",

@@ -20,7 +20,7 @@ import tenacity
 from botocore import exceptions as boto
 
 from pipelines import scopes
-from pipelines.errors import DrayError, StorageError, TransientStorageError
+from pipelines.errors import DrayError, StorageError, StorageFull, TransientStorageError
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -86,12 +86,14 @@ _REFUSALS = {
     "IllegalLocationConstraintException": "the bucket is in another region; set AWS_REGION",
     "EntityTooLarge": "the object is larger than the store takes in one piece",
 }
+_FULL = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "no space left in the disk quota",
+}
 _LOCAL_REFUSALS = {
     errno.EACCES: "permission denied; choose another path or change its owner or mode",
     errno.EPERM: "operation not permitted; choose another path or change its owner or mode",
     errno.EROFS: "the file system is read-only; choose another path",
-    errno.ENOSPC: "no space left on the device; free some or choose another path",
-    errno.EDQUOT: "the disk quota is used up; free some space or choose another path",
     errno.ENOTDIR: "a part of this path is a file, not a folder; choose another path",
     errno.EISDIR: "this is a folder, not a file; correct the path",
     errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter path",
@@ -205,6 +207,8 @@ def explain(error: BaseException, url: str) -> DrayError | None:
         return StorageError(f"{url}: {_first_line(error)}")
     if isinstance(error, FileNotFoundError):
         return None
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return StorageFull(f"{url}: {_FULL[error.errno]}; free some and run the same command again")
     if isinstance(error, OSError) and error.errno in _LOCAL_REFUSALS:
         return StorageError(f"{url}: {_LOCAL_REFUSALS[error.errno]}")
     if isinstance(error, PermissionError):

@@ -290,7 +290,7 @@ def disk_full(trial: Trial) -> None:
                 with contextlib.suppress(OSError):
                     while file.write(bytes(size)):
                         pass
-        if trial.wait(driver, 0, 1) == 1 and "No space left on device" not in driver.words:
+        if trial.wait(driver, 0, 1) == 1 and "no space left on the device" not in driver.words:
             raise Unexpected(f"{driver.log.name}: does not say that the disk is full")
     else:
         trial.wait(driver, 0)

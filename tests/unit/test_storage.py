@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import storage_faults, storage_local
-from pipelines.errors import DrayError, OutputError, StorageError, TransientStorageError
+from pipelines.errors import DrayError, OutputError, StorageError, StorageFull, TransientStorageError
 from pipelines.storage import Storage, locate
 
 
@@ -287,7 +287,7 @@ def test_nothing_is_seen_before_it_is_whole(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(storage_local.os, "fsync", fail)
     for put in (storage.create, storage.write):
-        with pytest.raises(StorageError, match="no space left") as error:
+        with pytest.raises(StorageFull, match="no space left") as error:
             put("a", b"data")
         assert str(tmp_path / "a") in str(error.value)
     assert storage.list() == [], "the temporary file is removed as well"
@@ -405,7 +405,6 @@ def test_passing_faults(error: Exception) -> None:
         (boto.ParamValidationError(report="Invalid bucket name"), "bucket name"),
         (boto.NoRegionError(), "region"),
         (PermissionError(errno.EACCES, "no"), "permission denied"),
-        (OSError(errno.ENOSPC, "full"), "no space left"),
         (OSError(errno.EROFS, "ro"), "read-only"),
         (NotADirectoryError(errno.ENOTDIR, "no"), "not a folder"),
     ],
