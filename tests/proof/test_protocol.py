@@ -117,7 +117,7 @@ MUTATIONS = {
         3,
     ),
     "an outcome that is counted twice": Mutation(
-        jobs.runner._Run, "_take_footer", "if footer.shard.id in self.committed", "if False", "s3", 2
+        jobs.runner.Driver, "_count", "if shard.id in self.done", "if False", "s3", 2
     ),
 }
 
