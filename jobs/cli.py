@@ -126,9 +126,8 @@ def preview(target: str, overrides: tuple[str, ...], rows: int, generate: bool, 
     show({"rows": seen}, render(seen), as_json=as_json)
 
 
-def to_the_end(job: LoadedJob, work: Callable[..., Report], *, quiet: bool, as_json: bool) -> None:
+def to_the_end(work: Callable[..., Report], *, quiet: bool, as_json: bool) -> None:
     """Do the work of a run (`run_id`, `observer` and `stop` given): progress on stderr, the summary on stdout."""
-    from jobs.connection import connecting
     from jobs.console import Display, chatter_to, log_folder
     from jobs.ledger import new_run_id
     from jobs.stopping import StopRequest
@@ -139,10 +138,8 @@ def to_the_end(job: LoadedJob, work: Callable[..., Report], *, quiet: bool, as_j
         with (
             StopRequest().on_signals() as stop,
             chatter_to(log) as terminal,
-            connecting(job.spec),
             Display(terminal, quiet=quiet or as_json) as display,
         ):
-            # `work` imports Ray Data, which takes as long as Ray's own processes take to start.
             report = work(run_id=run_id, observer=display, stop=stop)
     except DrayError:
         if not quiet:
@@ -168,7 +165,7 @@ def run(target: str, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> 
     from jobs.target import job_of
 
     job = job_of(target, overrides)
-    to_the_end(job, functools.partial(run_job, job), quiet=quiet, as_json=as_json)
+    to_the_end(functools.partial(run_job, job), quiet=quiet, as_json=as_json)
 
 
 @command("resume")
@@ -179,7 +176,7 @@ def resume(target: str, overrides: tuple[str, ...], quiet: bool, as_json: bool) 
     from jobs.target import job_of
 
     job = job_of(target, overrides)
-    to_the_end(job, functools.partial(run_job, job, relist=False), quiet=quiet, as_json=as_json)
+    to_the_end(functools.partial(run_job, job, relist=False), quiet=quiet, as_json=as_json)
 
 
 @command("retry-failed")
@@ -204,7 +201,7 @@ def retry_failed(
     if not is_job_file(target) and Storage(job.spec.output.path) != Storage(target):
         raise SpecError(f"override: output.path: a retry merges into the output that it is given, {target}")
     work = functools.partial(retry, job, error_codes=error_codes)
-    to_the_end(job, work, quiet=quiet, as_json=as_json)
+    to_the_end(work, quiet=quiet, as_json=as_json)
 
 
 @command("tune")

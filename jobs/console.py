@@ -24,7 +24,7 @@ from rich.progress import Progress as Bars
 
 from pipelines.errors import OutputError
 
-if TYPE_CHECKING:  # it brings Ray Data along, which is imported while Ray starts
+if TYPE_CHECKING:  # it brings Ray Data along, seconds of imports that `dray tune` does without
     from jobs.runner import Progress
 
 

@@ -407,8 +407,8 @@ def input_replaced(trial: Trial) -> None:
         f"q{number:03d}.parquet", trial.dice.sample(pool, trial.dice.randrange(1, 2 * trial.per_file))
     )
     if when == "running":
-        code = trial.wait(driver, 0, 2)
-        if code == 2 and "changed since it was planned" not in driver.words:
+        code = trial.wait(driver, 0, 1, 2)  # 2: seen while planning; 1: by the shards that read it
+        if code and "changed since it was planned" not in driver.words:
             raise Unexpected(f"{driver.log.name}: does not say that a file changed")
     refusing = trial.start()
     trial.wait(refusing, 2)

