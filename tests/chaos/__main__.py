@@ -1,7 +1,7 @@
 """The chaos suite: faults at random moments, and a count of every row afterwards.
 
     python -m tests.chaos                                        every fault: 20 trials, and 3 with real vLLM
-    python -m tests.chaos --short --jobs 2                       one trial of each with the simulated engine, for CI
+    python -m tests.chaos --short --jobs 2                       one trial each of nine faults, for CI
     python -m tests.chaos --jobs 12 --out results.json           twelve at a time
     python -m tests.chaos --fault driver_sigkill --engine simulated --seed 17 --trials 1 --keep
 
@@ -44,6 +44,18 @@ from tests.chaos.trial import ENVIRONMENT, Config, Result
 from tests.local.runs import ROOT, job, write_questions
 from tests.local.s3_server import moto
 
+#: One fault of each kind; the trial with vLLM takes longest, so it goes first.
+SHORT = (
+    ("engine_core_sigkill", "vllm"),
+    ("driver_sigkill", "simulated"),
+    ("actor_sigkill", "simulated"),
+    ("node_removed", "simulated"),
+    ("s3_reset_after_put", "simulated"),
+    ("disk_full", "simulated"),
+    ("two_drivers", "simulated"),
+    ("poison_crashes", "simulated"),
+    ("row_errors", "simulated"),
+)
 #: Distinct questions that trials draw theirs from.
 POOL_ROWS = 800
 
@@ -124,14 +136,7 @@ def stage(
 def chosen(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     """The trials asked for, seed by seed, so that an early end leaves some of every fault."""
     if args.short:
-        # The one with vLLM takes longest, so it goes first.
-        real = [(name, "vllm", args.seed) for name in args.fault or FAULTS if name == "engine_core_sigkill"]
-        simulated = [
-            (name, "simulated", args.seed)
-            for name in args.fault or FAULTS
-            if "simulated" in FAULTS[name].engines
-        ]
-        return [trial for trial in real + simulated if args.engine in (trial[1], "both")]
+        return [(name, engine, args.seed) for name, engine in SHORT if args.engine in (engine, "both")]
     trials = []
     for name in args.fault or FAULTS:
         for engine in FAULTS[name].engines:
@@ -152,7 +157,7 @@ def main() -> int:
     parser.add_argument(
         "--short",
         action="store_true",
-        help="one trial of each fault without vLLM, one EngineCore SIGKILL with it",
+        help=f"one trial each of {', '.join(name for name, _ in SHORT)}",
     )
     parser.add_argument("--trials", type=int, default=20, help="trials of each fault")
     parser.add_argument("--vllm-trials", type=int, default=3, help="of those that need no vLLM, with it")

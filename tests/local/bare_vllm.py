@@ -26,7 +26,8 @@ def bare_vllm(
             **os.environ,
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a second process would import vLLM once more, 7 s
+            # A second process would import vLLM once more, 7 s; ranks are processes of their own.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(engine.get("tensor_parallel_size", 1) > 1)),
         },
         capture_output=True,
         text=True,

@@ -87,7 +87,8 @@ def test_a_model_that_does_not_load_stops_the_job_with_its_reason(job_file: Path
     for file in TINY.iterdir():
         if file.suffix in (".json", ".jinja"):
             (broken / file.name).write_bytes(file.read_bytes())
-    (broken / "model.safetensors").write_bytes(b"these are no weights")
+    header = b"{}"  # a whole file, without a single tensor
+    (broken / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     done = dray("run", str(job_file), f"model.source={broken}", "model.backend=vllm", "--quiet", timeout=150)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "does not start" in done.stderr

@@ -1,7 +1,4 @@
-"""The part files hold what bare vLLM answers: the same text and the same token counts, row by row.
-
-A tensor-parallel engine: see test_engine_death.
-"""
+"""The part files hold what bare vLLM answers: the same text and the same token counts, row by row."""
 
 from __future__ import annotations
 
@@ -111,3 +108,8 @@ def test_three_samples_cut_inside_characters_of_a_sentencepiece_model(tmp_path: 
     assert len(rows) == 450
     assert len({row["generated_text"] for row in rows}) > 400
     assert not any("\ufffd" in row["generated_text"][-1:] for row in rows)  # vLLM holds a cut character back
+
+
+def test_tensor_parallel_engine(tmp_path: Path) -> None:
+    engine = {**ENGINE, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    compare(tmp_path, questions_of_mixed_length(60), {"temperature": 0, "max_tokens": 32}, engine)

@@ -114,6 +114,7 @@ def test_what_a_retry_may_not_change_is_one_line(tmp_path: Path) -> None:
     assert "unknown error_code 'prompt_to_long'; did you mean 'prompt_too_long'?" in done.stderr
 
 
+@pytest.mark.long
 def test_a_retry_whose_driver_is_killed_and_another_one(tmp_path: Path) -> None:
     write_rows(tmp_path / "in", rows=200, every=4)
     spec = {**settings(tmp_path), "errors": {"max_error_rate": 1}}
@@ -151,6 +152,7 @@ def test_a_retry_whose_driver_is_killed_and_another_one(tmp_path: Path) -> None:
     assert verify(Storage(str(out)), deep=True)["ok"]
 
 
+@pytest.mark.long
 def test_damaged_parts_are_moved_away_what_is_left_is_retried_and_the_rest_resumed(tmp_path: Path) -> None:
     write_rows(tmp_path / "in", rows=100)
     out = tmp_path / "out"
@@ -188,6 +190,7 @@ def test_damaged_parts_are_moved_away_what_is_left_is_retried_and_the_rest_resum
     assert "in order" in whole.stdout
 
 
+@pytest.mark.long
 def test_on_the_real_engine(tmp_path: Path) -> None:
     asked = write_rows(tmp_path / "in", rows=60, every=6)
     spec = job(

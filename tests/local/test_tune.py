@@ -14,7 +14,7 @@ import yaml
 
 from tests.local.runs import DRAY, REAL, ROOT, dray, job, rows_of, write_questions
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.long]
 
 
 def write_job(folder: Path, **sections: Any) -> Path:
