@@ -167,7 +167,7 @@ def test_failed_rows_keep_their_place_until_the_budget_is_spent(tmp_path: Path) 
     pq.write_table(broken, tmp_path / "in" / "q000.parquet")
     settings = job(tmp_path / "in", tmp_path / "out", shards={"rows": 20})
 
-    with pytest.raises(ErrorBudgetSpent, match=r"10 of 100 rows failed|rows failed .*missing_value"):
+    with pytest.raises(ErrorBudgetSpent, match=r"(?s)of 100 rows failed.*missing_value"):
         run(load(settings))
     assert not (tmp_path / "out" / "data" / "_SUCCESS").exists()
 
