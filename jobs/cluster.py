@@ -5,10 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from jobs.engines import Engines
+from jobs.engines import Engines, engines_of, hardware_of
 from jobs.spec import JobSpec
 from pipelines.errors import JobError
 from pipelines.run import COMMIT_CPUS, PREPARE_CPUS, EngineResources
+from pipelines.settings import PoolSettings
+
+
+def settle(spec: JobSpec) -> tuple[PoolSettings, EngineResources]:
+    """A job's pool with numbers for `auto`, and what Ray reserves for one engine of it, on the connected cluster."""
+    import ray
+
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    engines = engines_of(spec, hardware_of(spec, have))
+    return engines.pool, engine_resources(spec, engines, have)
 
 
 def engine_resources(spec: JobSpec, engines: Engines, have: Mapping[str, float]) -> EngineResources:

@@ -19,9 +19,8 @@ from jobs.books import (
     fold,
 )
 from jobs.budget import ErrorBudget
-from jobs.cluster import engine_resources
+from jobs.cluster import settle
 from jobs.connection import connected
-from jobs.engines import engines_of, hardware_of
 from jobs.ledger import Ledger, new_run_id, read_runs
 from jobs.loading import LoadedJob
 from jobs.lock import OutputLock
@@ -171,22 +170,13 @@ class Driver:
         """Stream what is pending until nothing is."""
         self._tell("starting")
         with connected(self.job.spec.cluster):
-            resources = self._settle()
+            pool, resources = settle(self.job.spec)
+            in_flight = self.work.pool.shards_in_flight  # a retry has its own
+            self.work = replace(self.work, pool=pool.model_copy(update={"shards_in_flight": in_flight}))
             pass_ = 0
             while pending:
                 self._pass(pending, resources, pass_)
                 pending, pass_ = self._pending(), pass_ + 1
-
-    def _settle(self) -> EngineResources:
-        """How many engines the connected cluster gets, and how many of them on one GPU."""
-        import ray
-
-        have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        engines = engines_of(self.job.spec, hardware_of(self.job.spec, have))
-        in_flight = self.work.pool.shards_in_flight  # a retry has its own
-        pool = engines.pool.model_copy(update={"shards_in_flight": in_flight})
-        self.work = replace(self.work, pool=pool)
-        return engine_resources(self.job.spec, engines, have)
 
     def _left(self) -> list[Shard]:
         """Planned shards without a part, by a fresh listing."""

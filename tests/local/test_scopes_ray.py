@@ -77,13 +77,6 @@ def test_a_result_that_does_not_come() -> None:
     ray.kill(worker)
 
 
-def test_an_object_whose_owner_died() -> None:
-    worker = Worker.remote()
-    (ref,) = ray.get(worker.large.remote())
-    ray.kill(worker)
-    check(error_of(ref), ray.exceptions.ObjectLostError)
-
-
 @pytest.mark.parametrize(
     ("error", "scope"),
     [

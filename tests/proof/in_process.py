@@ -261,7 +261,7 @@ def in_process(life: Life, graph: Graph) -> Iterator[None]:
         jobs.runner: {
             "stream": graph.stream,
             "connected": lambda cluster: contextlib.nullcontext(),
-            "engine_resources": lambda spec: EngineResources(num_gpus=0, num_cpus=1),
+            "settle": lambda spec: (spec.pool, EngineResources(num_gpus=0, num_cpus=1)),
             "StopFlag": Flag,
         },
     }

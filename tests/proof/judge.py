@@ -12,7 +12,7 @@ from jobs.books import SUCCESS
 from jobs.lock import LOCK_NAME, Holder, OutputLock
 from jobs.planning import Plan
 from jobs.segment import decode
-from pipelines.part import FOOTER_KEY, Footer
+from pipelines.part import part_of
 from tests.proof.schedule import Process, Schedule
 from tests.proof.store import SLOWEST_S, Effect, Server
 
@@ -51,8 +51,7 @@ def rows_of(part: bytes, errors: bytes | None = None) -> Rows:
 @lru_cache(4096)
 def errors_object(part: bytes) -> str | None:
     """Where the part says that its failed rows are."""
-    metadata = pq.read_schema(io.BytesIO(part)).metadata
-    return Footer.from_json(metadata[FOOTER_KEY], "").errors_object
+    return part_of(io.BytesIO(part), "", "a part").footer.errors_object
 
 
 class Judge:

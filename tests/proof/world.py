@@ -9,6 +9,7 @@ on the store against the promises, while it happens.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import uuid
@@ -34,7 +35,14 @@ from jobs.lock import LOCK_NAME, OutputLock, cancel
 from jobs.planning import extend, load_plan, new_plan
 from jobs.proposal import Proposal
 from pipelines.commit import Commit
-from pipelines.contracts import GENERATION_SCHEMA, PROMPT_SCHEMA, InputFile, Shard, Work
+from pipelines.contracts import (
+    GENERATION_SCHEMA,
+    PROMPT_SCHEMA,
+    START_PARTS,
+    InputFile,
+    Shard,
+    Work,
+)
 from pipelines.errors import (
     DrayError,
     Interrupted,
@@ -42,7 +50,7 @@ from pipelines.errors import (
     OutputLocked,
     TransientStorageError,
 )
-from pipelines.part import FOOTER_KEY, Footer, to_parquet
+from pipelines.part import FOOTER_KEY, Footer, part_of
 from pipelines.run import EngineResources, Outcome
 from pipelines.stage import Failure, Parcel
 from pipelines.storage import Storage
@@ -243,7 +251,7 @@ class World:
                 "propose": self._propose,
                 "stream": self._stream,
                 "connected": lambda cluster: contextlib.nullcontext(),
-                "engine_resources": lambda spec: EngineResources(num_gpus=0, num_cpus=1),
+                "settle": lambda spec: (spec.pool, EngineResources(num_gpus=0, num_cpus=1)),
                 "StopFlag": Flag,
                 "OutputLock": self.judge.watched(OutputLock),
             },
@@ -362,6 +370,7 @@ NOTES: dict[str, Any] = {
     "started_at": 0.0,
     "engine_start_s": 0.0,
     "engine_ready_at": 0.0,
+    **dict.fromkeys(START_PARTS),
 }
 
 
@@ -385,7 +394,7 @@ def input_file(name: str, version: int) -> InputFile:
 def answered(part: bytes, name: str) -> bytes | None:
     """The part with its first failed row answered by `name`; None when none has failed."""
     table = pq.read_table(io.BytesIO(part))
-    footer = Footer.from_json(table.schema.metadata[FOOTER_KEY], "")
+    footer = part_of(io.BytesIO(part), "", "a part").footer
     rows = table.to_pylist()
     failed = next((row for row in rows if row["error_code"]), None)
     if failed is None:
@@ -400,8 +409,12 @@ def answered(part: bytes, name: str) -> bytes | None:
         samples=stats.samples + 1,
         error_codes={"request_timeout": left} if left else {},
     )
-    merged = pa.Table.from_pylist(rows, table.schema.remove_metadata())
-    return to_parquet(merged, "none", {FOOTER_KEY: replace(footer, stats=stats).to_json()})
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, table.schema.remove_metadata()) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, table.schema.remove_metadata()))
+        digest = hashlib.sha256(sink.getbuffer()).hexdigest()
+        writer.add_key_value_metadata({FOOTER_KEY: replace(footer, stats=stats, digest=digest).to_json()})
+    return sink.getvalue()
 
 
 class Flag:
