@@ -70,7 +70,7 @@ chaos: $(DEV) ## Kill, starve and confuse runs at random moments, and count ever
 	@$(BIN)/python -m tests.chaos $(ARGS)
 
 .PHONY: chaos-short
-chaos-short: $(DEV) ## One seeded trial each of nine faults of the chaos suite
+chaos-short: $(DEV) ## One seeded trial each of eight faults of the chaos suite
 	@$(BIN)/python -m tests.chaos --short --jobs 2 $(ARGS)
 
 .PHONY: lint
