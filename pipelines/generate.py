@@ -32,6 +32,7 @@ from pipelines.contracts import Work
 from pipelines.engine import open_engine
 from pipelines.errors import EngineDied, EngineStartError, RowError, Stopped
 from pipelines.merge import is_committed
+from pipelines.orphans import end_with_this_process
 from pipelines.stage import Failure, Parcel
 from pipelines.stop import StopFlag
 from pipelines.storage import Storage
@@ -54,10 +55,13 @@ class Generate:
     first shard's reading; whoever comes first waits for it, and gets the error if it does not start.
     """
 
-    def __init__(self, work: Work, stop: StopFlag | None = None) -> None:
+    def __init__(self, work: Work, stop: StopFlag | None = None, *, own_process: bool = False) -> None:
+        """`own_process`: nothing else runs in this process, and what it starts may be killed with it."""
         self.work = work
         if work.model.backend == "simulated":
             do_without_torch(work.model)
+        elif own_process:
+            end_with_this_process()
         self.storage = Storage(work.output.path, work.output.storage_options)
         self.attempts = Attempts(self.storage, "generate", work.run_id)
         self._stop = stop

@@ -53,12 +53,12 @@ def stream(
         [Parcel.row(shard, **{"pass": pass_}) for shard in largest_first],
         override_num_blocks=len(shards),
     )
-    each: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
-    beside: dict[str, Any] = {
-        **each,
-        "compute": _beside(work),
+    each: dict[str, Any] = {
+        "batch_size": 1,
+        "batch_format": "pyarrow",
         "fn_constructor_kwargs": {"own_process": True},
     }
+    beside: dict[str, Any] = {**each, "compute": _beside(work)}
     outcomes = (
         dataset.map_batches(Prepare, num_cpus=PREPARE_CPUS, fn_constructor_args=[work, stop], **beside)
         .map_batches(

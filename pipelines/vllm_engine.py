@@ -212,7 +212,7 @@ class VLLMEngine:
         values |= self._model.engine
         args = AsyncEngineArgs(**values)
         compiles = compile_key(_vllm_version(), _device_name(), values)
-        with start_turn(self._pool, compiles):
+        with start_turn(self._pool, values, compiles):
             constructed_at = time.time()
             # LLM_CLASS: the numbers of `vllm.LLM` for this device where the user gives none; for
             # max_num_batched_tokens 4,096 on a CPU and 16,384 on an H200, where AsyncLLM alone would take 2,048.

@@ -16,16 +16,22 @@ from pipelines.settings import PoolSettings
 
 
 @contextmanager
-def start_turn(pool: PoolSettings, compiles: str | None) -> Iterator[None]:
-    """Wait until this engine may start. `compiles`: what `compile_key` says; None where nothing is compiled."""
-    with _gpu_to_itself(pool), _first_compile(compiles):
+def start_turn(pool: PoolSettings, args: Mapping[str, Any], compiles: str | None) -> Iterator[None]:
+    """Wait until an engine with these arguments may start.
+
+    `compiles`: what `compile_key` says; None where nothing is compiled.
+    """
+    with _gpu_to_itself(pool, args), _first_compile(compiles):
         yield
 
 
 @contextmanager
-def _gpu_to_itself(pool: PoolSettings) -> Iterator[None]:
-    """Engines that share a GPU load one after the other: vLLM measures free memory while it loads."""
-    if pool.engines_per_gpu in ("auto", 1):
+def _gpu_to_itself(pool: PoolSettings, args: Mapping[str, Any]) -> Iterator[None]:
+    """Engines that share a GPU load one after the other: vLLM measures free memory while it loads.
+
+    Not with `kv_cache_memory_bytes`, where it measures nothing (`Worker.determine_available_memory`).
+    """
+    if pool.engines_per_gpu in ("auto", 1) or args.get("kv_cache_memory_bytes"):
         yield
         return
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace(",", "-")

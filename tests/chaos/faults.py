@@ -327,7 +327,9 @@ def clock_skew(trial: Trial) -> None:
         rival = trial.start()
         trial.strike()
         trial.wait(rival, 0, 1)
-        if holder.running and "is being written by" not in rival.words:
+        # A holder that has done all its work may still be ending when its rival comes.
+        met = "is being written by" in rival.words or "nothing to do" in rival.words
+        if holder.running and not met:
             raise Unexpected(f"{rival.log.name}: did not meet the holder of the lock")
     if holder.running and trial.dice.random() < 0.7:
         trial.strike()

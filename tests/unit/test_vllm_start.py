@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing as mp
+import tempfile
 import time
 from pathlib import Path
 
@@ -73,7 +75,7 @@ def test_the_key_tells_configurations_apart(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _start(name: str, seconds: float, queue: mp.Queue[tuple[str, float]]) -> None:
-    with start_turn(PoolSettings(), "key"):
+    with start_turn(PoolSettings(), {}, "key"):
         queue.put((f"{name} begins", time.monotonic()))
         time.sleep(seconds)
         queue.put((f"{name} ends", time.monotonic()))
@@ -99,7 +101,7 @@ def test_the_first_compile_is_alone_and_later_starts_wait_for_nobody(
 ) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     assert _both() == ["first begins", "first ends", "second begins", "second ends"]
-    with start_turn(PoolSettings(), "key"), start_turn(PoolSettings(), "key"):  # warm: side by side
+    with start_turn(PoolSettings(), {}, "key"), start_turn(PoolSettings(), {}, "key"):  # warm: side by side
         pass
 
 
@@ -107,10 +109,10 @@ def test_a_start_that_fails_lets_the_next_one_compile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    with pytest.raises(RuntimeError), start_turn(PoolSettings(), "key"):
+    with pytest.raises(RuntimeError), start_turn(PoolSettings(), {}, "key"):
         raise RuntimeError
     assert [file.stat().st_size for file in (tmp_path / "torch_compile_cache").iterdir()] == [0]
-    with start_turn(PoolSettings(), "key"):
+    with start_turn(PoolSettings(), {}, "key"):
         pass
     assert [file.stat().st_size > 0 for file in (tmp_path / "torch_compile_cache").iterdir()] == [True]
 
@@ -118,5 +120,26 @@ def test_a_start_that_fails_lets_the_next_one_compile(
 def test_no_cache_folder_is_no_reason_not_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "file"))
-    with start_turn(PoolSettings(), "key"):
+    with start_turn(PoolSettings(), {}, "key"):
         pass
+
+
+def test_engines_on_one_gpu_load_in_turn_unless_they_measure_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    shared = PoolSettings(engines_per_gpu=2)
+
+    def free() -> bool:
+        with next(tmp_path.glob("dray-engine-start-*")).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    with start_turn(shared, {}, None):
+        assert not free()
+        with start_turn(shared, {"kv_cache_memory_bytes": 2**30}, None):  # does not wait for the other
+            pass
+    assert free()

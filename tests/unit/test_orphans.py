@@ -1,0 +1,52 @@
+"""`pipelines.orphans` with real processes: an owner, what it started, and a SIGKILL."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import psutil
+
+from tests.local.runs import ROOT
+
+_OWNER = """
+import os, subprocess, sys, time
+from pipelines.orphans import end_with_this_process
+end_with_this_process()
+sleep = "import time; time.sleep(60)"
+child = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', %r]).pid, flush=True); %s" % (sleep, sleep)
+forked = os.fork()  # as vLLM may start its engine
+if not forked:
+    time.sleep(60)
+print(forked, flush=True)
+started = subprocess.Popen([sys.executable, "-c", child])
+print(started.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_all_descendants_end_with_an_owner_that_is_killed() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _OWNER], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout
+        family = [int(owner.stdout.readline()) for _ in range(3)]
+        children = [process.pid for process in psutil.Process(owner.pid).children()]
+        (guard,) = set(children) - set(family)
+        family.append(guard)
+        time.sleep(1.2)  # two looks of the guard
+        assert all(map(_alive, family))
+        owner.kill()
+        owner.wait()
+        deadline = time.monotonic() + 10
+        while any(map(_alive, family)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not [pid for pid in family if _alive(pid)]
