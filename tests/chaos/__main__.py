@@ -39,8 +39,9 @@ from pyarrow import fs
 
 from tests.chaos.faults import FAULTS
 from tests.chaos.reader import Place, answers_of
+from tests.chaos.result import Config, Result
+from tests.chaos.stage import ENVIRONMENT
 from tests.chaos.table import render
-from tests.chaos.trial import ENVIRONMENT, Config, Result
 from tests.local.runs import ROOT, job, write_questions
 from tests.local.s3_server import moto
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from tests.chaos.faults import FAULTS
-from tests.chaos.trial import Result
+from tests.chaos.result import Result
 
 _HEAD = (
     "fault",
