@@ -20,7 +20,8 @@ def main(workers: int) -> None:
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **each}
     )
-    nodes = [cluster.add_node(num_cpus=2, **each) for _ in range(workers)]
+    # One engine of two CPUs, and what stands beside engines: the node that is left must have room for both.
+    nodes = [cluster.add_node(num_cpus=3, **each) for _ in range(workers)]
     by_raylet = {node.all_processes[ray_constants.PROCESS_TYPE_RAYLET][0].process.pid: node for node in nodes}
     print(json.dumps({"address": cluster.address, "raylets": list(by_raylet)}), flush=True)
     for line in sys.stdin:
