@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ class Driver:
 
     def __init__(self, command: Sequence[str], log: Path, **popen: Any) -> None:
         self.log = log
-        self.began = time.monotonic()
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **popen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from typing import Any
 
 from tests.chaos import processes
 from tests.chaos.faults.registry import fault
@@ -58,24 +59,18 @@ def engine_core_sigkill(trial: Trial) -> None:
     _kill_one(trial, ENGINE_CORE)
 
 
-def _kill_one(trial: Trial, pattern: str) -> None:
-    trial.prepare()
+@fault("engine hang (SIGSTOP of EngineCore)", engines=("vllm",), bounded=True)
+def engine_core_sigstop(trial: Trial) -> None:
+    _kill_one(trial, ENGINE_CORE, signal.SIGSTOP, errors={"engine_stall_s": 5})
+
+
+def _kill_one(trial: Trial, pattern: str, kind: signal.Signals = signal.SIGKILL, **sections: Any) -> None:
+    trial.prepare(**sections)
     driver = trial.start()
     if trial.moment(driver) and (found := trial.find(pattern, driver)):
         trial.strike()
         with contextlib.suppress(ProcessLookupError):
-            os.kill(trial.dice.choice(found), signal.SIGKILL)
-    trial.wait(driver, 0)
-
-
-@fault("engine hang (SIGSTOP of EngineCore)", engines=("vllm",), bounded=True)
-def engine_core_sigstop(trial: Trial) -> None:
-    trial.prepare(errors={"engine_stall_s": 5})
-    driver = trial.start()
-    if trial.moment(driver) and (found := trial.find(ENGINE_CORE, driver)):
-        trial.strike()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(trial.dice.choice(found), signal.SIGSTOP)
+            os.kill(trial.dice.choice(found), kind)
     trial.wait(driver, 0)
 
 
