@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 
-#: Not a thread, which would die with its process; no imports but the interpreter's own: 10 ms of CPU, 9 MB.
+#: Not a thread, which would die with its process; no imports but the interpreter's own: 20 ms of CPU, 9 MB.
 _GUARD = """
 import os, signal, sys, time
 owner = int(sys.argv[1])
