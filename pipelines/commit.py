@@ -24,6 +24,7 @@ from pipelines.counting import count
 from pipelines.detokenize import Detokenizer
 from pipelines.errors import ShardError
 from pipelines.merge import merge
+from pipelines.orphans import end_with_parent
 from pipelines.part import Footer, build_part, read_part
 from pipelines.result import build_result
 from pipelines.stage import Failure, Parcel
@@ -37,6 +38,7 @@ class Commit:
     def __init__(self, work: Work, *, own_process: bool = False) -> None:
         """`own_process`: nothing else runs in this process, least of all an engine."""
         if own_process:
+            end_with_parent()
             do_without_torch(work.model)
         self.work = work
         self.storage = Storage(work.output.path, work.output.storage_options)

@@ -32,7 +32,7 @@ from pipelines.contracts import Work
 from pipelines.engine import open_engine
 from pipelines.errors import EngineDied, EngineStartError, RowError, Stopped
 from pipelines.merge import is_committed
-from pipelines.orphans import end_with_this_process
+from pipelines.orphans import end_with_parent, end_with_this_process
 from pipelines.stage import Failure, Parcel
 from pipelines.stop import StopFlag
 from pipelines.storage import Storage
@@ -58,6 +58,8 @@ class Generate:
     def __init__(self, work: Work, stop: StopFlag | None = None, *, own_process: bool = False) -> None:
         """`own_process`: nothing else runs in this process, and what it starts may be killed with it."""
         self.work = work
+        if own_process:
+            end_with_parent()
         if work.model.backend == "simulated":
             do_without_torch(work.model)
         elif own_process:

@@ -13,6 +13,7 @@ from pipelines.code import check_code
 from pipelines.contracts import PROMPT_SCHEMA, Work
 from pipelines.errors import Stopped
 from pipelines.merge import failed_rows
+from pipelines.orphans import end_with_parent
 from pipelines.prompt import PromptBuilder
 from pipelines.read import read_shard
 from pipelines.stage import Failure, Parcel
@@ -27,6 +28,7 @@ class Prepare:
     def __init__(self, work: Work, stop: StopFlag | None = None, *, own_process: bool = False) -> None:
         """`own_process`: nothing else runs in this process, least of all an engine."""
         if own_process:
+            end_with_parent()
             do_without_torch(work.model)
         self.work = work
         self.storage = Storage(work.output.path, work.output.storage_options)

@@ -101,6 +101,8 @@ def size_for_gpu(
     args: dict[str, Any] = {"max_num_seqs": seqs, "gpu_memory_utilization": share}
     if given.get("enable_chunked_prefill") is not False or "max_num_batched_tokens" in given:
         args["max_num_batched_tokens"] = batched  # else vLLM raises its own number to max_model_len
+    if engines_per_gpu > 1 and (kv_bytes or 0) > 0:
+        args["kv_cache_memory_bytes"] = kv_bytes  # vLLM measures no memory then: engines start side by side
     args |= _captured(given, seqs)
     return Sizing(
         args=args,

@@ -7,6 +7,7 @@ import sys
 import time
 
 import psutil
+import pytest
 
 from tests.local.runs import ROOT
 
@@ -22,6 +23,16 @@ if not forked:
 print(forked, flush=True)
 started = subprocess.Popen([sys.executable, "-c", child])
 print(started.pid, flush=True)
+time.sleep(60)
+"""
+
+_PARENT = """
+import subprocess, sys, time
+stuck = "import signal, time; from pipelines.orphans import end_with_parent; end_with_parent(); print('ready', flush=True);"
+stuck += "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", stuck], stdout=subprocess.PIPE, text=True)
+child.stdout.readline()
+print(child.pid, flush=True)
 time.sleep(60)
 """
 
@@ -50,3 +61,19 @@ def test_all_descendants_end_with_an_owner_that_is_killed() -> None:
         while any(map(_alive, family)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not [pid for pid in family if _alive(pid)]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_a_process_that_no_longer_answers_ends_with_its_parent() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout
+        child = int(parent.stdout.readline())
+        assert _alive(child)
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 10
+        while _alive(child) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not _alive(child)
