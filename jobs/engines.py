@@ -198,9 +198,16 @@ def _count(pool: PoolSettings) -> str:
 
 
 def _shown(name: str, value: Any, given: tuple[str, ...]) -> str:
-    text = (
-        _gib(value) if name.endswith("_bytes") else f"{value:,}" if isinstance(value, int) else f"{value:g}"
-    )
+    if isinstance(value, list):
+        text = f"{len(value)} up to {max(value):,}"
+    else:
+        text = (
+            _gib(value)
+            if name.endswith("_bytes")
+            else f"{value:,}"
+            if isinstance(value, int)
+            else f"{value:g}"
+        )
     return f"{text} (yours)" if name in given else text
 
 

@@ -22,9 +22,11 @@ UTILISATION = 0.9
 OUTSIDE_BYTES = int(1.5 * GIB)
 #: GPUs from here on (A100 80 GB, H100, H200 …) are fed 512 requests of 16,384 tokens a step, smaller ones half of it.
 LARGE_GPU = 70 * GIB
-#: vLLM captures CUDA graphs up to so many tokens unless told otherwise; above, a step runs at half the speed (design §5:
-#: 1,024 requests in flight gave 23.9 k tokens/s where 512 gave 51.2 k).
-CAPTURED = 512
+#: Tokens of the largest CUDA graph. vLLM stops at 512 by itself; a step of more tokens, so each that takes in a prompt
+#: beside a full batch, then launches its kernels one by one. Measured on an H200 with 0.5B, 512 in flight, a request in
+#: as one leaves: such a step 38.5 ms with graphs up to 512, 17.9 ms up to 2,048; 17.8 k and 29.1 k output tokens/s
+#: (docs/performance.md). The graphs beyond 512 cost a second of start-up and 0.13 GiB.
+CAPTURED = 2048
 #: Packing pays where the host is the bottleneck. Measured on an H200 with 0.5B: two engines 2.0x of one (both trickle-in),
 #: three 58.3 k against 51.2 k tokens/s of one (both in waves); 7B fills the GPU alone. More than three: not measured.
 PACKED_PARAMETERS = 2_000_000_000
@@ -103,7 +105,7 @@ def size_for_gpu(
         args["max_num_batched_tokens"] = batched  # else vLLM raises its own number to max_model_len
     if engines_per_gpu > 1 and (kv_bytes or 0) > 0:
         args["kv_cache_memory_bytes"] = kv_bytes  # vLLM measures no memory then: engines start side by side
-    args |= _captured(given, seqs)
+    args |= _captured(given, seqs, batched)
     return Sizing(
         args=args,
         given=tuple(name for name in args if name in given),
@@ -216,8 +218,8 @@ def _most_seqs(given: dict[str, Any], default: int) -> int:
     return int(given.get("max_num_seqs") or default)
 
 
-def _captured(given: dict[str, Any], seqs: int) -> dict[str, Any]:
-    """Graphs for every batch up to `seqs`; vLLM captures twice the batch, but stops at 512 by itself.
+def _captured(given: dict[str, Any], seqs: int, batched: int) -> dict[str, Any]:
+    """Graphs for every batch up to `seqs` requests, and for steps that take in prompts beside them.
 
     Nothing where the user chose, and for speculative decoding, whose steps hold several tokens of a request: vLLM
     reckons those itself.
@@ -227,7 +229,18 @@ def _captured(given: dict[str, Any], seqs: int) -> dict[str, Any]:
     chosen = {"max_cudagraph_capture_size", "cudagraph_capture_sizes"}
     if given.get("enforce_eager") or given.get("speculative_config") or chosen & {*given, *inside}:
         return {name: given[name] for name in sorted(chosen) if name in given}
-    return {"max_cudagraph_capture_size": max(min(2 * seqs, CAPTURED), math.ceil(seqs / 16) * 16)}
+    return {"cudagraph_capture_sizes": capture_sizes(seqs, min(batched, max(seqs, min(4 * seqs, CAPTURED))))}
+
+
+def capture_sizes(seqs: int, most: int) -> list[int]:
+    """Tokens of each graph up to `most`: in vLLM's steps (8, from 256 on 16) for `seqs` requests, an eighth apart above.
+
+    A step is padded to the next larger graph; a decode step, the usual one, by 15 tokens at most.
+    """
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, seqs + 16, 16)]
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] + max(16, 2 ** (sizes[-1].bit_length() - 1) // 8))
+    return sorted({min(size, most) for size in sizes})
 
 
 def _unknown(shape: ModelShape | None) -> tuple[str, ...]:

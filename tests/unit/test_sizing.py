@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pipelines.sizing import (
     GIB,
     OUTSIDE_BYTES,
     activation_bytes,
+    capture_sizes,
     engines_that_fit,
     gpu_share,
     size_for_cpu,
@@ -133,12 +135,20 @@ def test_a_model_elsewhere_has_no_shape_and_one_here_has(tmp_path: Path) -> None
 
 def test_a_large_gpu_runs_512_requests_within_captured_graphs() -> None:
     args = size_for_gpu(shape_of(QWEN_7B, {}), model(), SAMPLING, H200).args
-    assert args == {
-        "max_num_seqs": 512,
-        "max_num_batched_tokens": 16_384,
-        "max_cudagraph_capture_size": 512,
-        "gpu_memory_utilization": 0.9,
-    }
+    graphs = args.pop("cudagraph_capture_sizes")
+    assert args == {"max_num_seqs": 512, "max_num_batched_tokens": 16_384, "gpu_memory_utilization": 0.9}
+    assert set(range(8, 257, 8)) | set(range(256, 513, 16)) < set(graphs)
+    assert graphs[-1] == 2048
+
+
+@given(seqs=st.integers(1, 3000), more=st.integers(0, 4000))
+def test_every_step_up_to_the_largest_graph_finds_one_little_larger(seqs: int, more: int) -> None:
+    sizes = capture_sizes(seqs, seqs + more)
+    assert sizes == sorted(set(sizes))
+    assert (sizes[0], sizes[-1]) == (1, seqs + more)
+    padding = [larger - smaller - 1 for smaller, larger in itertools.pairwise(sizes)]
+    assert all(pad < 16 for size, pad in zip(sizes, padding, strict=False) if size < seqs)
+    assert all(pad <= max(15, size // 8) for size, pad in zip(sizes, padding, strict=False))
 
 
 def test_a_small_gpu_runs_as_many_as_its_kv_cache_holds() -> None:
@@ -160,9 +170,7 @@ def test_the_users_own_arguments_win_and_are_marked() -> None:
     sizing = size_for_gpu(shape_of(QWEN_7B, {}), model(**given), SAMPLING, H200)
     assert {name: sizing.args[name] for name in given} == given
     assert set(sizing.given) == set(given)
-    assert (
-        sizing.args["max_cudagraph_capture_size"] == 1008
-    )  # 1,000 in vLLM's steps of 16: it stops at 512 by itself
+    assert 1008 in sizing.args["cudagraph_capture_sizes"]  # 1,000 in vLLM's steps of 16
 
 
 @pytest.mark.parametrize(
@@ -177,7 +185,8 @@ def test_the_users_own_arguments_win_and_are_marked() -> None:
 )
 def test_no_capture_size_of_ours_where_the_user_chose_or_nothing_is_captured(engine: dict[str, Any]) -> None:
     args = size_for_gpu(shape_of(QWEN_7B, {}), model(**engine), SAMPLING, H200).args
-    assert args.get("max_cudagraph_capture_size") == engine.get("max_cudagraph_capture_size")
+    for name in ("max_cudagraph_capture_size", "cudagraph_capture_sizes"):
+        assert args.get(name) == engine.get(name)
 
 
 def test_without_chunked_prefill_vllm_chooses_the_tokens_of_a_step() -> None:
@@ -237,7 +246,11 @@ def test_engines_fit_into_their_gpu(shape: ModelShape, gib: int, engines: int, l
     assert sizing.kv_bytes + sizing.weight_bytes <= share * gib * GIB
     seqs = sizing.args["max_num_seqs"]
     assert 1 <= seqs <= sizing.args["max_num_batched_tokens"]
-    assert sizing.args["max_cudagraph_capture_size"] >= seqs
+    assert seqs <= sizing.args["cudagraph_capture_sizes"][-1] <= sizing.args["max_num_batched_tokens"]
+    if engines > 1 and sizing.kv_bytes > 0:  # measured by nobody while another engine starts
+        assert sizing.args["kv_cache_memory_bytes"] == sizing.kv_bytes
+    else:
+        assert "kv_cache_memory_bytes" not in sizing.args
     assert sizing.kv_tokens is not None
     if not sizing.kv_tokens:
         assert "does not fit" in sizing.notes[-1]
