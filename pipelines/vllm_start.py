@@ -40,11 +40,18 @@ def _gpu_to_itself(pool: PoolSettings, args: Mapping[str, Any]) -> Iterator[None
         yield
 
 
+_NOT_COMPILED = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
+
+
 def compile_key(version: str, device: str, args: Mapping[str, Any]) -> str | None:
-    """Names what vLLM compiles for these engine arguments; None where it compiles nothing, or keeps nothing."""
+    """Names what vLLM compiles for these engine arguments; None where it compiles nothing, or keeps nothing.
+
+    An engine's share of its GPU is not among what vLLM compiles for (`CacheConfig.compute_hash`).
+    """
     if args.get("enforce_eager") or os.environ.get("VLLM_DISABLE_COMPILE_CACHE", "0") not in ("", "0"):
         return None
-    text = json.dumps([version, device, dict(args)], sort_keys=True, default=str)
+    compiled = {name: value for name, value in args.items() if name not in _NOT_COMPILED}
+    text = json.dumps([version, device, compiled], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -69,6 +69,9 @@ def test_the_key_tells_configurations_apart(monkeypatch: pytest.MonkeyPatch) -> 
         ("0.32.0", "H200", {**args, "max_num_seqs": 8}),
     ]
     assert len({key, *(compile_key(*other) for other in others)}) == 4
+    assert key == compile_key(
+        "0.32.0", "H200", {**args, "gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 1}
+    )
     assert compile_key("0.32.0", "H200", {**args, "enforce_eager": True}) is None
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
     assert compile_key("0.32.0", "H200", args) is None
