@@ -212,7 +212,13 @@ class VLLMEngine:
         values |= self._model.engine
         args = AsyncEngineArgs(**values)
         compiles = compile_key(_vllm_version(), _device_name(), values)
-        with start_turn(self._pool, values, compiles):
+        one_rank = self._model.gpus_per_engine == 1  # several do not end their compilation at once
+        with start_turn(
+            self._pool,
+            values,
+            compiles,
+            lambda: one_rank and "compile_s" in vllm_log.told_since(starts, starts_offset),
+        ):
             constructed_at = time.time()
             # LLM_CLASS: the numbers of `vllm.LLM` for this device where the user gives none; for
             # max_num_batched_tokens 4,096 on a CPU and 16,384 on an H200, where AsyncLLM alone would take 2,048.

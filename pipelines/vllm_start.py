@@ -7,21 +7,28 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipelines.settings import PoolSettings
 
 
 @contextmanager
-def start_turn(pool: PoolSettings, args: Mapping[str, Any], compiles: str | None) -> Iterator[None]:
+def start_turn(
+    pool: PoolSettings,
+    args: Mapping[str, Any],
+    compiles: str | None,
+    compiled: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
     """Wait until an engine with these arguments may start.
 
-    `compiles`: what `compile_key` says; None where nothing is compiled.
+    `compiles`: what `compile_key` says; None where nothing is compiled. `compiled`: whether that is done, where it can
+    be told before the engine has started.
     """
-    with _gpu_to_itself(pool, args), _first_compile(compiles):
+    with _gpu_to_itself(pool, args), _first_compile(compiles, compiled):
         yield
 
 
@@ -56,13 +63,13 @@ def compile_key(version: str, device: str, args: Mapping[str, Any]) -> str | Non
 
 
 @contextmanager
-def _first_compile(key: str | None) -> Iterator[None]:
+def _first_compile(key: str | None, compiled: Callable[[], bool]) -> Iterator[None]:
     """The first engine that compiles something does it alone, those that wait for it find it in vLLM's cache.
 
     vLLM keeps what it compiles by version, device and configuration below `VLLM_CACHE_ROOT`, for all engines of the
     user. It puts the compiled model there atomically, but writes its index (`vllm_compile_cache.py`) in place: an engine
-    that starts meanwhile compiles all of it again, or reads half an index. Once an engine has started the marker is not
-    empty, and nobody waits any more. Without a folder that can be written nobody waits either.
+    that starts meanwhile compiles all of it again, or reads half an index. Once it is `compiled`, or an engine has
+    started, the marker is not empty, and nobody waits any more. Without a folder that can be written nobody waits either.
     """
     root = Path(os.environ.get("VLLM_CACHE_ROOT") or Path.home() / ".cache" / "vllm") / "torch_compile_cache"
     try:
@@ -78,9 +85,32 @@ def _first_compile(key: str | None) -> Iterator[None]:
             fcntl.flock(marker, fcntl.LOCK_EX)
         if not _is_empty(marker.fileno()):
             fcntl.flock(marker, fcntl.LOCK_UN)
-        yield
+            yield
+            return
+        over = threading.Event()
+        watch = threading.Thread(target=_let_others_in, args=(marker, compiled, over), daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watch.join()
         if _is_empty(marker.fileno()):
-            marker.write("an engine with this configuration has started\n")
+            _mark(marker)
+
+
+def _let_others_in(marker: TextIO, compiled: Callable[[], bool], over: threading.Event) -> None:
+    """Give the lock back when the model is compiled: weights, graphs and warm-up of the others go beside ours."""
+    while not over.wait(0.2):
+        if compiled():
+            _mark(marker)
+            fcntl.flock(marker, fcntl.LOCK_UN)
+            return
+
+
+def _mark(marker: TextIO) -> None:
+    marker.write("an engine has compiled this configuration\n")
+    marker.flush()
 
 
 def _is_empty(descriptor: int) -> bool:

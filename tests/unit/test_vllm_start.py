@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import multiprocessing as mp
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -106,6 +107,28 @@ def test_the_first_compile_is_alone_and_later_starts_wait_for_nobody(
     assert _both() == ["first begins", "first ends", "second begins", "second ends"]
     with start_turn(PoolSettings(), {}, "key"), start_turn(PoolSettings(), {}, "key"):  # warm: side by side
         pass
+
+
+def test_the_next_engine_starts_as_soon_as_the_first_has_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    compiled, began, go_on = threading.Event(), threading.Event(), threading.Event()
+
+    def second() -> None:
+        with start_turn(PoolSettings(), {}, "key"):
+            began.set()
+
+    def first() -> None:
+        with start_turn(PoolSettings(), {}, "key", compiled.is_set):
+            threading.Thread(target=second).start()
+            assert not began.wait(1)
+            compiled.set()
+            assert began.wait(10)
+            go_on.set()
+
+    threading.Thread(target=first).start()
+    assert go_on.wait(15)
 
 
 def test_a_start_that_fails_lets_the_next_one_compile(
