@@ -59,6 +59,13 @@ class ClusterSettings(Settings):
         return self
 
 
+class CostSettings(Settings):
+    """What the job's GPUs cost, for reports, the ledger and estimates."""
+
+    gpu_hour_usd: Annotated[float, Field(ge=0)] | None = None
+    """US dollars for one GPU for one hour; null: no cost is shown."""
+
+
 class JobSpec(Settings):
     """One job, complete and consistent."""
 
@@ -82,6 +89,8 @@ class JobSpec(Settings):
     """What may fail, and how often."""
     cluster: ClusterSettings = ClusterSettings()
     """Which Ray cluster runs the job."""
+    cost: CostSettings = CostSettings()
+    """What the job's GPUs cost."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> JobSpec:
