@@ -24,7 +24,7 @@ def main(workers: int, dashboard_port: int | None = None) -> None:
     # One engine of two CPUs, and what stands beside engines: the node that is left must have room for both.
     nodes = [cluster.add_node(num_cpus=3, **each) for _ in range(workers)]
     by_raylet = {node.all_processes[ray_constants.PROCESS_TYPE_RAYLET][0].process.pid: node for node in nodes}
-    dashboard = f"http://{cluster.head_node.webui_url}" if dashboard_port is not None else ""
+    dashboard = f"http://127.0.0.1:{dashboard_port}" if dashboard_port is not None else ""
     known = {"address": cluster.address, "dashboard": dashboard, "raylets": list(by_raylet)}
     print(json.dumps(known), flush=True)
     for line in sys.stdin:
