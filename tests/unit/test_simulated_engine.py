@@ -165,12 +165,12 @@ async def test_a_cancelled_request_leaves_its_share_to_the_others(source: str) -
 
 
 async def test_thousands_of_requests_at_once_are_cheap(engine: Engine) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(10):
         answers = await asyncio.gather(
-            *(engine.generate(str(i), [5 + i % 500, i % 97], None) for i in range(10_000))
+            *(engine.generate(str(i), [5 + i % 500, i % 97], None) for i in range(3_000))
         )
 
-    assert len(answers) == 10_000
+    assert len(answers) == 3_000
 
 
 async def test_stopping_fails_what_is_in_flight(source: str) -> None:

@@ -229,11 +229,11 @@ def test_any_flipped_byte_of_the_footer_gives_a_verdict_and_no_traceback(output:
     whole = path.read_bytes()
     body = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
     damaged = 0
-    for at in random.Random(4).sample(range(body, len(whole)), 120):
+    for at in random.Random(4).sample(range(body, len(whole)), 60):
         flip(path, at)
         damaged += not verify(output.storage, deep=True)["ok"]
         path.write_bytes(whole)
-    assert damaged > 60
+    assert damaged > 30
 
 
 def test_a_footer_that_is_no_json_is_a_damaged_part(output: Output) -> None:
