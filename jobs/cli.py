@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import click
 from rich.live import Live
 from rich.markup import escape
 
+from jobs.cli_submit import address_option
 from jobs.command import command, job_arguments, main, show, stderr, stdout
 from pipelines.errors import DrayError, OutputError, SpecError
 
@@ -61,13 +63,13 @@ def preview(target: str, overrides: tuple[str, ...], rows: int, generate: bool, 
     show({"rows": seen}, render(seen), as_json=as_json)
 
 
-def to_the_end(work: Callable[..., Report], *, quiet: bool, as_json: bool) -> None:
+def to_the_end(work: Callable[..., Report], *, quiet: bool, as_json: bool, run_id: str | None = None) -> None:
     """Do the work of a run (`run_id`, `observer` and `stop` given): progress on stderr, the summary on stdout."""
     from jobs.console import Display, chatter_to, log_folder
     from jobs.ledger import new_run_id
     from jobs.stopping import StopRequest
 
-    run_id = new_run_id()
+    run_id = run_id or new_run_id()
     log = log_folder() / f"{run_id}.log"
     try:
         with (
@@ -95,23 +97,25 @@ def run_job(job: LoadedJob, **how: Any) -> Report:
 @command("run")
 @job_arguments
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def run(target: str, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+@click.option("--run-id", hidden=True)
+def run(target: str, overrides: tuple[str, ...], quiet: bool, run_id: str | None, as_json: bool) -> None:
     """Run a job, or what is left of it. New input files are taken up."""
     from jobs.target import job_of
 
     job = job_of(target, overrides)
-    to_the_end(functools.partial(run_job, job), quiet=quiet, as_json=as_json)
+    to_the_end(functools.partial(run_job, job), quiet=quiet, as_json=as_json, run_id=run_id)
 
 
 @command("resume")
 @job_arguments
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def resume(target: str, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+@click.option("--run-id", hidden=True)
+def resume(target: str, overrides: tuple[str, ...], quiet: bool, run_id: str | None, as_json: bool) -> None:
     """Run what is left of the plan as it stands; the input is not listed again."""
     from jobs.target import job_of
 
     job = job_of(target, overrides)
-    to_the_end(functools.partial(run_job, job, relist=False), quiet=quiet, as_json=as_json)
+    to_the_end(functools.partial(run_job, job, relist=False), quiet=quiet, as_json=as_json, run_id=run_id)
 
 
 @command("retry-failed")
@@ -196,9 +200,18 @@ def tune(
 
 
 @command("status")
-@click.argument("target", metavar="JOB")
-def status(target: str, as_json: bool) -> None:
-    """Show how far a job is: shards, rows, runs, and who is at it."""
+@click.argument("target", metavar="JOB|RUN")
+@address_option(required=False)
+def status(target: str, address: str | None, as_json: bool) -> None:
+    """Show how far a job is: shards, rows, runs, and who is at it. With --address a submitted run, by its id."""
+    from jobs.ledger import is_run_id
+
+    if address and is_run_id(target):
+        from jobs.submission import render_runs, run_on
+
+        run = run_on(address, target)
+        show(asdict(run), render_runs([run]), as_json=as_json)
+        return
     from jobs.inspect import render_status
     from jobs.inspect import status as status_of
     from jobs.target import output_of
@@ -208,9 +221,21 @@ def status(target: str, as_json: bool) -> None:
 
 
 @command("cancel")
-@click.argument("target", metavar="JOB")
-def cancel(target: str, as_json: bool) -> None:
-    """Ask the run that writes this output to stop: shards in flight may finish, the rest waits for `dray resume`."""
+@click.argument("target", metavar="JOB|RUN")
+@address_option(required=False)
+def cancel(target: str, address: str | None, as_json: bool) -> None:
+    """Ask the run that writes this output to stop: shards in flight may finish, the rest waits for `dray resume`.
+
+    With --address a submitted run, by its id.
+    """
+    from jobs.ledger import is_run_id
+
+    if address and is_run_id(target):
+        from jobs.submission import stop
+
+        run = stop(address, target)
+        show(asdict(run), f"asked run {target} of {run.job} to stop", as_json=as_json)
+        return
     from jobs.lock import cancel as cancel_run
     from jobs.target import output_of
 

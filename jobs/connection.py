@@ -53,6 +53,7 @@ def _connect(cluster: ClusterSettings) -> None:
                     include_dashboard=False,
                     num_cpus=cluster.num_cpus,
                     num_gpus=cluster.num_gpus,
+                    _metrics_export_port=cluster.metrics_port,
                     log_to_driver=False,
                     logging_level=logging.WARNING,
                 )

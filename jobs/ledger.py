@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import secrets
 import socket
 import time
@@ -26,6 +27,10 @@ log = logging.getLogger("dray")
 def new_run_id() -> str:
     """Sorts by time, unique without coordination: `20261122T094512-3fa9c1`."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+
+
+def is_run_id(text: str) -> bool:
+    return re.fullmatch(r"\d{8}T\d{6}-[0-9a-f]{6}", text) is not None
 
 
 class Ledger:

@@ -37,6 +37,7 @@ from pipelines.errors import (
     Interrupted,
     JobIncomplete,
 )
+from pipelines.metrics import tell_shards
 from pipelines.part import Footer
 from pipelines.run import EngineResources, Outcome, stream
 from pipelines.stage import Failure
@@ -352,6 +353,8 @@ class Driver:
         )
 
     def _tell(self, phase: str, note: str = "") -> None:
+        failed = len(self.failures.keys() - self.done)
+        tell_shards(self.job.spec.name, planned=self.shards_total, committed=len(self.done), failed=failed)
         self.observer(
             Progress(
                 phase=phase,

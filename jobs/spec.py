@@ -44,6 +44,8 @@ class ClusterSettings(Settings):
     """CPU cores of a cluster started with `local`; default: all of the machine's."""
     num_gpus: Annotated[int, Field(ge=0)] | None = None
     """GPUs of a cluster started with `local`; default: all of the machine's."""
+    metrics_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    """Port of this machine at which a cluster started with `local` tells Prometheus its metrics; default: any free one."""
 
     @field_validator("address")
     @classmethod
@@ -54,8 +56,10 @@ class ClusterSettings(Settings):
 
     @model_validator(mode="after")
     def _size_of_own_cluster_only(self) -> ClusterSettings:
-        if self.address != "local" and (self.num_cpus is not None or self.num_gpus is not None):
-            raise ValueError("num_cpus and num_gpus are for address: local; a running cluster has its own")
+        own = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "metrics_port": self.metrics_port}
+        given = [name for name, value in own.items() if value is not None]
+        if self.address != "local" and given:
+            raise ValueError(f"{' and '.join(given)}: only for address: local; a running cluster has its own")
         return self
 
 

@@ -116,7 +116,7 @@ class Answering:
             latency_s=Histogram.of(self._latencies).to_dict(),
             ttft_s=Histogram.of(a.ttft_s for a in answers if a.ttft_s is not None).to_dict(),
             preemptions=sum(a.preemptions for a in answers),
-            replica=f"{socket.gethostname()}:{os.getpid()}",
+            replica=replica_name(),
             engine=info.name,
             device=info.device,
             engine_start_s=info.start_s,
@@ -192,6 +192,11 @@ class _Line:
         if task.cancelled() or task.exception() is not None:
             self._gate.withdraw(self)  # the group takes no new ones
         self._gate.leave(kv_tokens)
+
+
+def replica_name() -> str:
+    """This process, as provenance and metrics name it: `host:pid`."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def row_seed(seed: int, row_id: str) -> int:

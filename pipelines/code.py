@@ -99,13 +99,19 @@ def load_function(reference: str, folders: Sequence[str] = ()) -> Callable[..., 
     return function  # type: ignore[no-any-return]
 
 
+def source_of_package(module_name: str, folders: Sequence[str] = ()) -> Path | None:
+    """The file or folder of a user's module or top-level package; None for an installed one."""
+    top = _find(module_name.partition(".")[0], folders)
+    places = list(top.submodule_search_locations or ())
+    place = Path(places[0] if places else top.origin or "").resolve()
+    installed = {Path(path).resolve() for path in _installed_folders()}
+    return None if place.parent in installed else place
+
+
 def user_folders(reference: str, folders: Sequence[str] = ()) -> tuple[str, ...]:
     """The folder that workers need on their import path for `package.module:name`; none for an installed package."""
-    top = _find(reference.partition(":")[0].partition(".")[0], folders)
-    places = list(top.submodule_search_locations or ())
-    place = Path(places[0] if places else top.origin or "").resolve().parent
-    installed = {Path(path).resolve() for path in _installed_folders()}
-    return () if place in installed else (str(place),)
+    source = source_of_package(reference.partition(":")[0], folders)
+    return () if source is None else (str(source.parent),)
 
 
 def add_folders(folders: Iterable[str]) -> None:

@@ -24,6 +24,7 @@ from pipelines.counting import count
 from pipelines.detokenize import Detokenizer
 from pipelines.errors import ShardError
 from pipelines.merge import merge
+from pipelines.metrics import tell_committed
 from pipelines.orphans import end_with_parent
 from pipelines.part import Footer, build_part, read_part
 from pipelines.result import build_result
@@ -91,6 +92,7 @@ class Commit:
         )
         data, footer = build_part(self.storage, result, footer, self.work.output)
         if self.storage.create(f"data/{parcel.shard.part_name}", data):
+            tell_committed(footer.stats, footer.provenance)
             return footer
         return read_part(self.storage, parcel.shard.part_name).footer
 

@@ -55,6 +55,18 @@ class EngineInfo:
     start_parts: StartParts = StartParts()
 
 
+@dataclass(slots=True)
+class CacheUse:
+    """What an engine tells of its KV cache; zeros where it tells nothing."""
+
+    kv_cache_usage: float = 0.0
+    """Share of its blocks that hold tokens of running requests, 0 to 1."""
+    prefix_queries: int = 0
+    """Prompt tokens looked up so far."""
+    prefix_hits: int = 0
+    """Those of them that were found."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One of the n answers to a request."""
@@ -103,6 +115,10 @@ class Engine(Protocol):
     @property
     def output_tokens(self) -> int:
         """Tokens generated so far, of requests in flight too."""
+
+    @property
+    def cache_use(self) -> CacheUse:
+        """As of the engine's latest step."""
 
     async def stop(self) -> None:
         """End the engine and every process it started. Safe to call twice, and before `start`."""

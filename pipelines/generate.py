@@ -25,13 +25,14 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 
-from pipelines.answering import Answering, Started
+from pipelines.answering import Answering, Started, replica_name
 from pipelines.attempts import Attempt, Attempts, History, clear_attempts
 from pipelines.code import check_code
 from pipelines.contracts import Work
 from pipelines.engine import open_engine
 from pipelines.errors import EngineDied, EngineStartError, RowError, Stopped
 from pipelines.merge import is_committed
+from pipelines.metrics import INTERVAL_S, EngineMetrics
 from pipelines.orphans import end_with_parent, end_with_this_process
 from pipelines.stage import Failure, Parcel
 from pipelines.stop import StopFlag
@@ -75,6 +76,7 @@ class Generate:
         """Shards that are here: their work, and the key of their attempts."""
         self._in_hand: dict[str, Attempt] = {}
         """Shards that the engine has: the key of their attempts, and the latest record."""
+        self._metrics = EngineMetrics(work.job, replica_name())
         self._end: asyncio.Task[None] | None = None
         """Under way once the engine is dead."""
         self._watchers: tuple[asyncio.Task[None], ...] = ()
@@ -194,6 +196,7 @@ class Generate:
             try:
                 started = self._open_once()
                 clear_attempts(self.storage, actor)
+                self._metrics.restarted()
                 return started
             except EngineStartError as error:
                 if not again:
@@ -240,7 +243,15 @@ class Generate:
             self._watchers = (
                 asyncio.create_task(self._heed_stop()),
                 asyncio.create_task(self._heed_stall()),
+                asyncio.create_task(self._tell_metrics()),
             )
+
+    async def _tell_metrics(self) -> None:
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            if self._start.done() and not self._start.exception():
+                started = self._start.result()
+                self._metrics.tell(started.engine, started.gate.in_flight)
 
     async def _heed_stall(self) -> None:
         """End an engine that gives no token to any of its requests for `errors.engine_stall_s`."""

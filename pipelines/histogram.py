@@ -47,6 +47,10 @@ class Histogram:
                 return float(GROWTH ** (key - 0.5))
         return None
 
+    def middles(self) -> list[tuple[float, int]]:
+        """Each bucket's middle in seconds, and how many values it holds."""
+        return [(float(GROWTH ** (key - 0.5)), count) for key, count in self.counts.items()]
+
     def __add__(self, other: Histogram) -> Histogram:
         keys = sorted({*self.counts, *other.counts})
         counts = {k: self.counts.get(k, 0) + other.counts.get(k, 0) for k in keys}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.engine import Answer, EngineInfo, Sample, TokenIds, check_prompt
+from pipelines.engine import Answer, CacheUse, EngineInfo, Sample, TokenIds, check_prompt
 from pipelines.errors import EngineDied, EngineStartError, ModelError, RowError
 from pipelines.settings import ModelSettings, SamplingSettings
 from pipelines.tokenizer import load_tokenizer
@@ -97,6 +97,10 @@ class SimulatedEngine:
     @property
     def output_tokens(self) -> int:
         return int(self._clock.served) if self._clock is not None else 0
+
+    @property
+    def cache_use(self) -> CacheUse:
+        return CacheUse()
 
     def kill(self) -> None:
         self._ready = False

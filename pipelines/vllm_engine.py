@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from pipelines import vllm_log
-from pipelines.engine import Answer, EngineInfo, Sample, StartParts, TokenIds, check_prompt
+from pipelines.engine import Answer, CacheUse, EngineInfo, Sample, StartParts, TokenIds, check_prompt
 from pipelines.engine_args import check_engine_args, known_engine_args
 from pipelines.errors import EngineDied, EngineStartError, RowError, ShardError
 from pipelines.scopes import scope_of
@@ -48,6 +48,7 @@ class VLLMEngine:
         self._family: list[psutil.Process] = []
         self._last_token_at = 0.0
         self._output_tokens = 0
+        self._cache_use = CacheUse()
         self._log: Path | None = None
         self._log_offset = 0
         self._start_parts = StartParts()
@@ -123,6 +124,10 @@ class VLLMEngine:
     @property
     def output_tokens(self) -> int:
         return self._output_tokens
+
+    @property
+    def cache_use(self) -> CacheUse:
+        return self._cache_use
 
     async def stop(self) -> None:
         """End EngineCore and its workers, also after a cancelled start; requests still in flight get EngineDied."""
@@ -224,7 +229,9 @@ class VLLMEngine:
             # max_num_batched_tokens 4,096 on a CPU and 16,384 on an H200, where AsyncLLM alone would take 2,048.
             # Not a local of this thread's frames: tracebacks of failed optional imports would keep it alive.
             self._llm = AsyncLLM.from_engine_args(
-                args, usage_context=UsageContext.LLM_CLASS, stat_loggers=[_token_watch(self._note_tokens)]
+                args,
+                usage_context=UsageContext.LLM_CLASS,
+                stat_loggers=[_step_watch(self._note_tokens, self._cache_use)],
             )
         told = vllm_log.told_since(starts, starts_offset)
         self._start_parts = _start_parts(told, self._llm.vllm_config, own_import_s, constructed_at)
@@ -318,11 +325,11 @@ def _kv_tokens(cache_config: Any) -> int | None:
     return int(tokens) or None
 
 
-def _token_watch(note_tokens: Callable[[int], None]) -> Any:
-    """A stat logger that only counts tokens, in the place of vLLM's Prometheus one: metrics per request without its cost."""
+def _step_watch(note_tokens: Callable[[int], None], cache_use: CacheUse) -> Any:
+    """A stat logger that counts tokens and looks at the KV cache, in the place of vLLM's Prometheus one and its cost."""
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-    class TokenWatch(PrometheusStatLogger):  # type: ignore[misc]  # vLLM adds its own unless it finds this class
+    class StepWatch(PrometheusStatLogger):  # type: ignore[misc]  # vLLM adds its own unless it finds this class
         def __init__(self, vllm_config: Any, engine_indexes: Any = None) -> None:
             pass
 
@@ -330,6 +337,12 @@ def _token_watch(note_tokens: Callable[[int], None]) -> Any:
             # Called for each step's outputs, also with FINAL_ONLY, where a request's tokens are seen only at its end.
             if iteration_stats is not None and iteration_stats.num_generation_tokens:
                 note_tokens(iteration_stats.num_generation_tokens)
+            if scheduler_stats is not None:
+                cache_use.kv_cache_usage = scheduler_stats.kv_cache_usage
+                prefixes = scheduler_stats.prefix_cache_stats
+                if prefixes is not None:
+                    cache_use.prefix_queries += prefixes.queries
+                    cache_use.prefix_hits += prefixes.hits
 
         def log(self) -> None:
             pass
@@ -340,7 +353,7 @@ def _token_watch(note_tokens: Callable[[int], None]) -> Any:
         def record_sleep_state(self, *args: Any, **kwargs: Any) -> None:
             pass
 
-    return TokenWatch
+    return StepWatch
 
 
 def _is_fast(tokenizer: Any) -> bool:

@@ -1,6 +1,6 @@
-"""A Ray cluster of several nodes on loopback, in a process of its own: `python -m tests.chaos.nodes WORKERS`.
+"""A Ray cluster of several nodes on loopback, in a process of its own: `python -m tests.chaos.nodes WORKERS [DASHBOARD_PORT]`.
 
-Prints one JSON line with its address and the raylet of each worker node; then takes `remove <raylet pid>` on stdin and
+Prints one JSON line with its address, its dashboard's (empty without a port for it) and the raylet of each worker node; then takes `remove <raylet pid>` on stdin and
 answers each with a line. Ends with its stdin. The head holds one CPU, for the stages around the engines; a worker node
 has two, room for one engine that takes both.
 """
@@ -12,18 +12,21 @@ import sys
 from typing import Any
 
 
-def main(workers: int) -> None:
+def main(workers: int, dashboard_port: int | None = None) -> None:
     from ray._private import ray_constants
     from ray.cluster_utils import Cluster
 
     each: dict[str, Any] = {"node_ip_address": "127.0.0.1", "object_store_memory": 80 * 2**20}
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **each}
-    )
+    head = {"num_cpus": 1, "include_dashboard": dashboard_port is not None, **each}
+    if dashboard_port is not None:
+        head |= {"dashboard_host": "127.0.0.1", "dashboard_port": dashboard_port}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     # One engine of two CPUs, and what stands beside engines: the node that is left must have room for both.
     nodes = [cluster.add_node(num_cpus=3, **each) for _ in range(workers)]
     by_raylet = {node.all_processes[ray_constants.PROCESS_TYPE_RAYLET][0].process.pid: node for node in nodes}
-    print(json.dumps({"address": cluster.address, "raylets": list(by_raylet)}), flush=True)
+    dashboard = f"http://127.0.0.1:{dashboard_port}" if dashboard_port is not None else ""
+    known = {"address": cluster.address, "dashboard": dashboard, "raylets": list(by_raylet)}
+    print(json.dumps(known), flush=True)
     for line in sys.stdin:
         verb, _, pid = line.strip().partition(" ")
         if verb == "remove":
@@ -33,4 +36,4 @@ def main(workers: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))

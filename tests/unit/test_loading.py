@@ -347,7 +347,7 @@ def test_data_paths_are_relative_to_the_working_directory(tmp_path: Path) -> Non
         ("pool: {replicas: {min: 4, max: 2}}\n", "job.yaml:7: pool.replicas: min 4 is above max 2"),
         ("pool: {admission: {high: 4, low: 8}}\n", "job.yaml:7: pool.admission: low 8 is above high 4"),
         ("cluster: {address: 'http://x'}\n", "job.yaml:7: cluster.address: expected local, auto, host:port or ray://host:port, got 'http://x'"),
-        ("cluster: {address: auto, num_cpus: 2}\n", "job.yaml:7: cluster: num_cpus and num_gpus are for address: local; a running cluster has its own"),
+        ("cluster: {address: auto, num_cpus: 2}\n", "job.yaml:7: cluster: num_cpus: only for address: local; a running cluster has its own"),
         ("a: [\n", "job.yaml:8:1: not valid YAML: expected the node content, but found '<stream end>'"),
         ("a: {{ x }}\n", "job.yaml:7:5: a key must be text; put text that begins with {{ in quotes"),
         ("a: b: {{ c }}\n", "job.yaml:7:5: not valid YAML: mapping values are not allowed here; put text with {{ }} in quotes"),
