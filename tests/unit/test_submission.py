@@ -49,7 +49,9 @@ def test_a_secret_is_shipped_as_its_reference_or_not_at_all(
     assert unset_variables(loaded, {}) == ["S3_KEY"]
     assert unset_variables(loaded, {"S3_KEY": "hunter2"}) == []
     written_out = load(job(tmp_path, output={**output, "storage_options": {"secret": "hunter2"}}))
-    with pytest.raises(SpecError, match=r"output.storage_options.secret: a secret written out is not shipped"):
+    with pytest.raises(
+        SpecError, match=r"output.storage_options.secret: a secret written out is not shipped"
+    ):
         pack(written_out, tmp_path / "elsewhere")
 
 
