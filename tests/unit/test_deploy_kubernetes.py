@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from jobs import load
+from jobs.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"
@@ -168,7 +169,13 @@ def test_the_job_files_are_mounted_and_valid() -> None:
     [job] = manifests("rayjob.yaml")
     [cron] = manifests("cronjob.yaml")
     [submit] = next(pod_specs(cron))["containers"]
-    started = {job["spec"]["entrypoint"].split()[-1], submit["command"][-1]}
+    started = {job["spec"]["entrypoint"].split()[-1], submit["command"][2]}
+    # What the submitter's command line is, by the command line itself.
+    command = main.commands[submit["command"][1]]
+    parsed = command.make_context("submit", submit["command"][2:]).params
+    assert parsed["watch"]
+    [cluster] = manifests("raycluster.yaml")
+    assert parsed["address"] == f"http://{cluster['metadata']['name']}-head-svc:8265"
     assert started == {f"/etc/dray/{file}" for file in generator["files"]}
     assert {path.name for path in (FOLDER / "jobs").iterdir()} == {Path(f).name for f in generator["files"]}
 
