@@ -149,6 +149,19 @@ def test_ray_nodes_have_probes_and_workers_a_gpu() -> None:
             assert pod["tolerations"]
 
 
+def test_models_and_kernels_go_to_volumes_of_their_own() -> None:
+    text = (ROOT / "deploy/Dockerfile").read_text()
+    folders = dict(re.findall(r"(\w+)=(/(?:models|cache)\S*)", text))
+    assert {"HF_HOME", "DRAY_MODELS", "VLLM_CACHE_ROOT", "TRITON_CACHE_DIR"} <= set(folders)
+    for _, spec in clusters():
+        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+            pod = group["template"]["spec"]
+            kinds = {volume["name"]: volume for volume in pod["volumes"]}
+            at = {mount["mountPath"]: kinds[mount["name"]] for mount in pod["containers"][0]["volumeMounts"]}
+            assert "persistentVolumeClaim" in at["/models"]
+            assert "emptyDir" in at["/cache"]
+
+
 def test_secrets_are_references() -> None:
     for name in FILES:
         for manifest in manifests(name):
