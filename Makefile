@@ -88,8 +88,9 @@ bench: $(DEV) ## Run the benchmarks
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 .PHONY: lock
-lock: ## Resolve requirements/*.txt anew from pyproject.toml (UPGRADE=1 lets present pins move)
+lock: ## Resolve requirements/*.txt and environment.yml anew from pyproject.toml (UPGRADE=1 lets present pins move)
 	@python="$(PYTHON)"; "$${python:-python3}" requirements/lock.py $(if $(UPGRADE),--upgrade)
+	@python="$(PYTHON)"; "$${python:-python3}" requirements/conda.py
 
 .PHONY: clean
 clean: ## Remove caches and the demo's output; .venv and other outputs stay

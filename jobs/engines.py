@@ -158,6 +158,8 @@ def hardware_here(spec: JobSpec) -> Hardware:
 def hardware_of(spec: JobSpec, have: Mapping[str, float]) -> Hardware:
     """A connected cluster's, by Ray's counts. Memory is known for GPUs of this machine only."""
     gpus = 0 if spec.pool.device == "cpu" else int(have.get("GPU", 0))
+    if not gpus and spec.pool.device == "gpu" and spec.cluster.address != "local":
+        return Hardware(gpus=None)  # an autoscaling cluster makes its first GPU node for the first engine
     here = read_gpus().gpus if gpus and spec.cluster.address == "local" else ()
     return _with_memory(gpus, here, have.get("CPU"))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jobs.cluster import engine_resources
-from jobs.engines import Engines, Hardware, engines_of, hardware_here
+from jobs.engines import Engines, Hardware, engines_of, hardware_here, hardware_of
 from jobs.loading import load
 from jobs.proposal import propose
 from jobs.spec import JobSpec
@@ -127,6 +127,16 @@ def test_the_plan_says_what_it_cannot_know(tmp_path: Path) -> None:
     assert engines.to_dict()["gpu_bytes"] is None
     elsewhere = job.model_copy(update={"model": job.model.model_copy(update={"source": "nobody/has-it"})})
     assert "not on this machine" in engines_of(elsewhere, gpus(1)).lines()[0]
+
+
+def test_a_gpu_pool_is_no_cpu_pool_while_the_autoscaler_has_made_no_gpu_node(tmp_path: Path) -> None:
+    pool = {"pool.device": "gpu", "pool.replicas": {"min": 1, "max": 8}}
+    job = spec(tmp_path, QWEN_05B, **{"cluster.address": "auto"}, **pool)
+    have = {"CPU": 4.0}
+    engines = engines_of(job, hardware_of(job, have))
+    assert engines.sizing is None  # not a CPU's; the engine is sized where it starts
+    assert settled(engines) == (Replicas(min=1, max=8), 1)
+    assert engine_resources(job, engines, have).num_gpus == 1
 
 
 def test_a_plan_holds_the_block(tmp_path: Path) -> None:
