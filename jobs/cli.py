@@ -228,13 +228,18 @@ def cancel(target: str, as_json: bool) -> None:
 
 @command("report")
 @click.argument("target", metavar="JOB")
-def report(target: str, as_json: bool) -> None:
+@click.option("--html", metavar="FILE", help="Write them to this file too, as one self-contained page.")
+def report(target: str, html: str | None, as_json: bool) -> None:
     """Show a job's figures, folded from its parts' footers."""
-    from jobs.inspect import report_of
+    from jobs.inspect import books_and_report
     from jobs.report import render
     from jobs.target import output_of
 
-    found = report_of(output_of(target))
+    books, found = books_and_report(output_of(target))
+    if html:
+        from jobs.report_html import write_html
+
+        write_html(html, found, books.parts)
     show(found.to_dict(), render(found), as_json=as_json)
 
 
