@@ -32,14 +32,8 @@ def opened(storage: Storage) -> tuple[dict[str, Any], Plan]:
 
 def report_of(storage: Storage) -> Report:
     """The report of an output, finished or not."""
-    return books_and_report(storage)[1]
-
-
-def books_and_report(storage: Storage) -> tuple[Books, Report]:
-    """The report of an output, and the books that it was folded from."""
     record, plan = opened(storage)
-    books = fold(storage, plan)
-    return books, stored_report(storage, record, books)
+    return stored_report(storage, record, fold(storage, plan))
 
 
 def stored_report(storage: Storage, record: dict[str, Any], books: Books) -> Report:
