@@ -19,6 +19,8 @@ LANES = 24
 DRAWN = 400
 LENGTH_BINS = 40
 _REST = "other replicas"
+#: Least width of a shard's bar, in shares of the axis, and least height of its failed rows, in shares of the bar.
+_THIN, _SEEN = 0.002, 0.12
 #: A time in which nothing ran is cut out of the axis when it is longer than this share of the time in which something did.
 _IDLE = 0.1
 
@@ -33,7 +35,7 @@ class Bar:
     title: str
     y: float = 0.0
     kind: str = ""
-    """`wait`: a shard in work, but not in its engine; `failed`: one with failed rows."""
+    """`wait`: a shard in work, but not in its engine; `failed`: its failed rows."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Work:
     right: float
     end: float
     tokens: int
+    rows: int
     failed: int
 
 
@@ -147,31 +150,44 @@ def timeline(parts: Iterable[Part]) -> Timeline:
 
 def _works(part: Part) -> Iterable[Work]:
     footer = part.footer
-    again = sum(one.stats.completion_tokens for one in footer.retries)
-    first = max(footer.stats.completion_tokens - again, 0)
-    # A footer's seconds are sums with those of its retries, so the first run's are what is left.
-    waited = footer.stats.prepare_s + footer.stats.queue_s
-    waited -= sum(one.stats.prepare_s + one.stats.queue_s for one in footer.retries)
-    took = footer.stats.generate_s - sum(one.stats.generate_s for one in footer.retries)
-    name = f"shard {footer.shard.ordinal}"
-    yield _work(name, footer.provenance, waited, took, first, footer.stats)
+    retried = sum((one.stats for one in footer.retries), ShardStats(shards=0))
+    # A footer's seconds and tokens are sums with those of its retries, so the first run's are what is left.
+    yield _work(
+        f"shard {footer.shard.ordinal}",
+        footer.provenance,
+        generate_s=footer.stats.generate_s - retried.generate_s,
+        commit_s=footer.stats.commit_s - retried.commit_s,
+        tokens=footer.stats.completion_tokens - retried.completion_tokens,
+        rows=footer.stats.rows_in,
+        failed=footer.stats.rows_failed,
+    )
     for one in footer.retries:
-        waited = one.stats.prepare_s + one.stats.queue_s
         yield _work(
-            f"{name}, retried",
+            f"shard {footer.shard.ordinal}, retried",
             one.provenance,
-            waited,
-            one.stats.generate_s,
-            one.stats.completion_tokens,
-            one.stats,
+            generate_s=one.stats.generate_s,
+            commit_s=one.stats.commit_s,
+            tokens=one.stats.completion_tokens,
+            rows=one.stats.rows_in,
+            failed=one.stats.rows_failed,
         )
 
 
-def _work(name: str, origin: Provenance, waited: float, took: float, tokens: int, stats: ShardStats) -> Work:
+def _work(
+    name: str,
+    origin: Provenance,
+    *,
+    generate_s: float,
+    commit_s: float,
+    tokens: int,
+    rows: int,
+    failed: int,
+) -> Work:
+    """Counted back from the commit: how long a shard lay between two stages no footer tells, and it lies before its engine."""
     start, end = origin.started_at, max(origin.committed_at, origin.started_at)
-    left = min(start + max(waited, 0.0), end)
-    right = min(left + max(took, 0.0), end)
-    return Work(origin.replica, name, start, left, right, end, tokens, stats.rows_failed)
+    right = max(end - max(commit_s, 0.0), start)
+    left = max(right - max(generate_s, 0.0), start)
+    return Work(origin.replica, name, start, left, right, end, max(tokens, 0), rows, failed)
 
 
 def spread(items: Iterable[tuple[float, float, float]]) -> list[float]:
@@ -215,14 +231,17 @@ def _gantt(replica: str, works: list[Work], axis: Axis) -> Lane:
     for row, work in placed:
         title = (
             f"{work.name}: {seconds(work.end - work.start)}, of which {seconds(work.right - work.left)} "
-            f"in the engine; {work.tokens:,} output tokens, {work.failed:,} rows failed"
+            f"in the engine; {work.tokens:,} output tokens, {work.failed:,} of {work.rows:,} rows failed"
         )
-        kind = "failed" if work.failed else ""
-        for start, end, kind_ in ((work.start, work.end, "wait"), (work.left, work.right, kind)):
-            x = axis.at(start)
-            bars.append(
-                Bar(x, max(axis.at(end) - x, 0.002), height * 0.8, title, (row + 0.1) * height, kind_)
-            )
+        place, top = 0.84 * height, (row + 0.08) * height
+        left = axis.at(work.left)
+        width = max(axis.at(work.right) - left, _THIN)
+        x = axis.at(work.start)
+        bars.append(Bar(x, max(axis.at(work.end) - x, _THIN), place, title, top, "wait"))
+        bars.append(Bar(left, width, place, title, top))
+        if work.failed:
+            share = place * max(work.failed / max(work.rows, 1), _SEEN)
+            bars.append(Bar(left, width, share, title, top + place - share, "failed"))
     return Lane(replica or "unnamed", tuple(bars), len(free))
 
 

@@ -70,7 +70,7 @@ class CostSettings(Settings):
 class ReportSettings(Settings):
     """What reports may show."""
 
-    redact: Names = []
+    redact: Names = Field(default_factory=list)
     """Input columns whose values are never shown, for example `[customer, email]`: `[redacted]` stands in the examples of
     failed rows, and for error messages, which may quote a row. A list for many jobs may name columns that this one lacks."""
 
