@@ -20,7 +20,7 @@ DRAWN = 400
 LENGTH_BINS = 40
 _REST = "other replicas"
 #: Least width of a shard's bar, in shares of the axis, and least height of its failed rows, in shares of the bar.
-_THIN, _SEEN = 0.002, 0.12
+_THIN, _SEEN = 0.002, 0.2
 #: A time in which nothing ran is cut out of the axis when it is longer than this share of the time in which something did.
 _IDLE = 0.1
 

@@ -107,9 +107,11 @@ def figures(report: Report, cost: Cost) -> list[Figure]:
         found += [_time(f"{title} {key}", value) for key, value in percentiles(stats, name).items()]
     found += [
         Figure(name="Output size", value=report.output_bytes, shown=f"{report.output_bytes / 1e6:,.1f} MB"),
-        Figure(name="GPU hours", value=cost.gpu_hours, shown=f"{cost.gpu_hours:,.3g}", better="less"),
     ]
-    if cost.usd is not None:
+    if cost.gpu_hours:
+        hours = f"{cost.gpu_hours:,.2f}" if cost.gpu_hours >= 1 else f"{cost.gpu_hours:.3g}"
+        found.append(Figure(name="GPU hours", value=cost.gpu_hours, shown=hours, better="less"))
+    if cost.gpu_hours and cost.usd is not None:
         found.append(Figure(name="Cost", value=cost.usd, shown=f"${cost.usd:,.2f}", better="less"))
     return found
 
@@ -154,7 +156,7 @@ def differing_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> li
     named = [key for key, _, _ in found]
     for line in explain_difference(ours["identity"], theirs["identity"]):
         key, _, change = line.partition(": ")
-        if not any(key == name or key.startswith(f"{name}.") for name in named):
+        if not any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in named):
             mine, _, other = change.rpartition(" → ")
             found.append((key, mine, other))
     return found

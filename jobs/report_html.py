@@ -140,7 +140,7 @@ def render_html(facts: Facts, against: Facts | None = None) -> str:
     return environment.get_template("report.html").render(
         report=report,
         stats=report.stats,
-        tiles=_tiles(facts),
+        tiles=[figure for figure in facts.figures if figure.name in _TILES],
         figures=facts.figures,
         time=timeline(facts.books.parts),
         distributions=_distributions(facts),
@@ -155,11 +155,6 @@ def render_html(facts: Facts, against: Facts | None = None) -> str:
         settings=differing_settings(facts.record, against.record) if against else [],
         origins=_origins(facts, against) if against else [],
     )
-
-
-def _tiles(facts: Facts) -> list[Figure]:
-    without = () if facts.cost.gpu_hours else ("GPU hours", "Cost")
-    return [figure for figure in facts.figures if figure.name in _TILES and figure.name not in without]
 
 
 def _distributions(facts: Facts) -> list[Distribution]:

@@ -30,6 +30,8 @@ PARTS_COUNTED = 128
 SHOWN = 240
 COLUMNS = 12
 _RESULTS = frozenset(field.name for field in (*RESULT_FIELDS, LOGPROBS_FIELD))
+#: Codes whose messages are Dray's own words, with numbers and column names; every other may quote what a row holds.
+_OWN_WORDS = frozenset({"empty_prompt", "missing_value", "prompt_too_long", "request_timeout"})
 _READERS = 8
 
 
@@ -58,7 +60,7 @@ def examples(
 ) -> dict[str, list[Example]]:
     """Up to `EXAMPLES` rows for each of the first `CODES` codes. `hidden`: columns, as the output names them.
 
-    Where any column is hidden so is each error message: it may quote the row.
+    Where any column is hidden, so is each error message that may quote the row.
     """
     return {code: _examples_of(storage, parts, code, hidden) for code in codes[:CODES]}
 
@@ -72,7 +74,9 @@ def _examples_of(storage: Storage, parts: Sequence[Part], code: str, hidden: fro
             found.append(
                 Example(
                     row_id=row["row_id"],
-                    message=REDACTED if hidden else cut(row["error_message"] or ""),
+                    message=REDACTED
+                    if hidden and code not in _OWN_WORDS
+                    else cut(row["error_message"] or ""),
                     columns={
                         key: REDACTED if key in hidden else shown(value)
                         for key, value in list(columns.items())[:COLUMNS]
