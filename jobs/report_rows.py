@@ -30,8 +30,9 @@ PARTS_COUNTED = 128
 SHOWN = 240
 COLUMNS = 12
 _RESULTS = frozenset(field.name for field in (*RESULT_FIELDS, LOGPROBS_FIELD))
-#: Codes whose messages are Dray's own words, with numbers and column names; every other may quote what a row holds.
-_OWN_WORDS = frozenset({"empty_prompt", "missing_value", "prompt_too_long", "request_timeout"})
+#: Codes whose messages are Dray's own words and numbers. Every other may quote what a row holds, `missing_value` too: for
+#: `{{ prices[customer] }}` it names the customer.
+_OWN_WORDS = frozenset({"empty_prompt", "prompt_too_long", "request_timeout"})
 _READERS = 8
 
 

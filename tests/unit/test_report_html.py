@@ -30,7 +30,7 @@ FAILING = (1, 9, 17)
 
 
 def made(folder: Path, target: str = "out", **sections: object) -> Output:
-    """A job of which three rows fail: their template raises with a message that holds the customer's name."""
+    """A job of which three rows fail: a message tells why that holds the customer's name."""
     (folder / "in").mkdir(exist_ok=True)
     rows = [
         {"question": f"{EVIL} {i}", "customer": SECRET, "count": 0 if i in FAILING else 1} for i in range(24)
@@ -44,7 +44,7 @@ def made(folder: Path, target: str = "out", **sections: object) -> Output:
 class Tags(HTMLParser):
     """Every tag and attribute, and what is never closed or closed twice."""
 
-    VOID = frozenset({"meta", "link", "rect", "line"})
+    VOID = frozenset({"meta", "link"})
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def many(facts: Facts, count: int) -> Facts:
 def test_page_is_inert_and_bounded(tmp_path: Path) -> None:
     facts = facts_of(made(tmp_path).storage)
     report = replace(facts.report, job=EVIL, problems=(EVIL,), output=EVIL, engines=(EVIL,))
-    facts = replace(many(facts, 50_000), report=report)
+    facts = replace(many(facts, 20_000), report=report)
     page = render_html(facts)
     tags = Tags(page)
     assert not tags.open
@@ -104,14 +104,13 @@ def test_page_is_inert_and_bounded(tmp_path: Path) -> None:
 def test_failed_rows_are_shown_whole_or_without_what_is_hidden(tmp_path: Path) -> None:
     output = made(tmp_path)
     page = render_html(facts_of(output.storage))
-    assert page.count(SECRET) >= len(FAILING)
-    assert "prompt_error" in page
+    assert page.count(SECRET) == 2 * len(FAILING), "the column, and the message that quotes it"
     assert "[redacted]" not in page
 
     hidden = made(tmp_path, "hidden", report={"redact": ["customer"]}, output={"rename": {"customer": "who"}})
     page = render_html(facts_of(hidden.storage))
     assert SECRET not in page
-    assert page.count("[redacted]") >= len(FAILING)
+    assert page.count("[redacted]") == 2 * len(FAILING)
     assert "&lt;script&gt;alert(1)&lt;/script&gt; 9" in page
     # A job file can hide more than was hidden when the output was made, and no less.
     later = load({**output.settings, "report": {"redact": ["customer"]}}).spec
@@ -121,7 +120,7 @@ def test_failed_rows_are_shown_whole_or_without_what_is_hidden(tmp_path: Path) -
 
 def test_failed_rows_are_found_where_they_are_kept_apart(tmp_path: Path) -> None:
     facts = facts_of(made(tmp_path, output={"failed_rows": "separate"}).storage)
-    found = facts.examples["prompt_error"]
+    found = facts.examples["missing_value"]
     assert [example.row_id.rpartition("#")[2] for example in found] == [str(i) for i in FAILING]
 
 
