@@ -142,7 +142,7 @@ def timeline(parts: Iterable[Part]) -> Timeline:
         busy_s=axis.busy_s,
         peak=max(rates),
         cuts=axis.cuts,
-        throughput=columns(rates, lambda k, rate: f"{seconds(k * width_s)}: {rate:,.0f} output tokens/s"),
+        throughput=columns(rates, lambda k, rate: f"{duration(k * width_s)}: {rate:,.0f} output tokens/s"),
         lanes=tuple(lanes),
         each_shard=each_shard,
     )
@@ -230,7 +230,7 @@ def _gantt(replica: str, works: list[Work], axis: Axis) -> Lane:
     height, bars = 1 / len(free), []
     for row, work in placed:
         title = (
-            f"{work.name}: {seconds(work.end - work.start)}, of which {seconds(work.right - work.left)} "
+            f"{work.name}: {duration(work.end - work.start)}, of which {duration(work.right - work.left)} "
             f"in the engine; {work.tokens:,} output tokens, {work.failed:,} of {work.rows:,} rows failed"
         )
         place, top = 0.84 * height, (row + 0.08) * height
@@ -300,6 +300,16 @@ def of_lengths(title: str, counted: Counter[int], note: str) -> Distribution:
         quantiles={f"p{round(q * 100)}": f"{quantile(counted, q):,}" for q in (0.5, 0.95, 0.99)},
         note=note,
     )
+
+
+def duration(value: float | None) -> str:
+    """Seconds for people, also where there are many: `18 ms`, `47.2 s`, `3 min 20 s`, `2 h 05 min`."""
+    if value is None or value < 120:
+        return seconds(value)
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
 def quantile(counted: Counter[int], q: float) -> int:

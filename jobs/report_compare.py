@@ -9,7 +9,8 @@ from typing import Any
 
 from jobs.books import Books
 from jobs.fingerprint import explain_difference
-from jobs.report import Report, percentiles, seconds
+from jobs.report import Report, percentiles
+from jobs.report_charts import duration
 from jobs.spec import CostSettings
 from pipelines.contracts import Provenance
 from pipelines.settings import ModelSettings
@@ -121,7 +122,7 @@ def _count(name: str, value: float | None, better: str = "") -> Figure:
 
 
 def _time(name: str, value: float | None) -> Figure:
-    return Figure(name=name, value=value, shown=seconds(value), better="less")
+    return Figure(name=name, value=value, shown=duration(value), better="less")
 
 
 def compared(ours: list[Figure], theirs: list[Figure]) -> list[Compared]:

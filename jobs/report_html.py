@@ -15,8 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jobs.books import Books, fold
 from jobs.inspect import opened, stored_report
 from jobs.references import References
-from jobs.report import Report, seconds
-from jobs.report_charts import Distribution, of_histogram, of_lengths, timeline
+from jobs.report import Report
+from jobs.report_charts import Distribution, duration, of_histogram, of_lengths, timeline
 from jobs.report_compare import Cost, Figure, compared, cost_of, differing_settings, figures
 from jobs.report_rows import Example, Lengths, examples, hidden_columns, lengths
 from jobs.spec import CostSettings, JobSpec, ReportSettings
@@ -133,7 +133,7 @@ def render_html(facts: Facts, against: Facts | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["seconds"] = seconds
+    environment.filters["duration"] = duration
     environment.filters["utc"] = lambda at: f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S} UTC"
     environment.filters["count"] = lambda n: f"{n:,}"
     report = facts.report

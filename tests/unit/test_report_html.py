@@ -15,13 +15,13 @@ from click.testing import CliRunner
 from jobs import load
 from jobs.cli import main
 from jobs.fingerprint import fingerprint, identity
-from jobs.report_charts import BINS, DRAWN, LANES, Axis, of_lengths, quantile, spread, timeline
+from jobs.report_charts import BINS, DRAWN, LANES, Axis, duration, of_lengths, quantile, spread, timeline
 from jobs.report_compare import Figure, compared, cost_of, differing_settings
 from jobs.report_html import Facts, facts_of, render_html
 from jobs.spec import CostSettings
 from pipelines.settings import ModelSettings
 from tests.local.runs import job
-from tests.unit.stages import Output, committed
+from tests.unit.stages import Output, committed, planned
 
 EVIL = "<script>alert(1)</script>"
 SECRET = "Ada Lovelace"
@@ -178,6 +178,27 @@ def test_length_bins_hold_every_value() -> None:
     found = of_lengths("x", counted, "")
     assert sum(int(bar.title.rpartition(" ")[2]) for bar in found.bars) == 6
     assert (quantile(counted, 0.5), quantile(counted, 0.99), quantile(Counter(), 0.5)) == (7, 1000, 0)
+
+
+def test_durations_are_for_people() -> None:
+    given = (None, 0.018, 47.24, 119.96, 200, 3600, 7530)
+    assert [duration(value) for value in given] == [
+        "–",
+        "18 ms",
+        "47.2 s",
+        "120.0 s",
+        "3 min 20 s",
+        "1 h 00 min",
+        "2 h 05 min",
+    ]
+
+
+def test_an_output_without_parts_has_a_page(tmp_path: Path) -> None:
+    made(tmp_path)
+    storage = planned(job(tmp_path / "in", tmp_path / "empty")).storage
+    page = render_html(facts_of(storage))
+    assert not Tags(page).open
+    assert "incomplete" in page
 
 
 def test_cost_counts_each_engine_from_its_start_to_the_end_of_its_run(tmp_path: Path) -> None:
