@@ -22,6 +22,7 @@ from pipelines.errors import DrayError, OutputError, SpecError
 if TYPE_CHECKING:
     from jobs.loading import LoadedJob
     from jobs.report import Report
+    from jobs.report_html import Facts
 
 
 @command("validate")
@@ -253,14 +254,33 @@ def cancel(target: str, address: str | None, as_json: bool) -> None:
 
 @command("report")
 @click.argument("target", metavar="JOB")
-def report(target: str, as_json: bool) -> None:
+@click.option("--html", metavar="FILE", help="Write one self-contained page to this file; - is stdout.")
+@click.option(
+    "--against", metavar="JOB", help="Compare with this job file's output, or this output (--html)."
+)
+def report(target: str, html: str | None, against: str | None, as_json: bool) -> None:
     """Show a job's figures, folded from its parts' footers."""
     from jobs.inspect import report_of
     from jobs.report import render
-    from jobs.target import output_of
+    from jobs.target import is_job_file, job_of, output_of
 
-    found = report_of(output_of(target))
-    show(found.to_dict(), render(found), as_json=as_json)
+    if html is None:
+        if against is not None:
+            raise SpecError("--against: the comparison is a part of the page; add --html FILE")
+        found = report_of(output_of(target))
+        show(found.to_dict(), render(found), as_json=as_json)
+        return
+    if html == "-" and as_json:
+        raise SpecError("--html -: the page and --json would both go to stdout; name a file")
+    from jobs.report_html import facts_of, render_html, write_html
+
+    def facts(place: str) -> Facts:
+        return facts_of(output_of(place), job_of(place).spec if is_job_file(place) else None)
+
+    ours = facts(target)
+    write_html(html, render_html(ours, facts(against) if against is not None else None))
+    if html != "-":
+        show(ours.report.to_dict(), render(ours.report), as_json=as_json)
 
 
 @command("verify")

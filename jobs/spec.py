@@ -22,6 +22,7 @@ from pipelines.settings import (
     ErrorSettings,
     InputSettings,
     ModelSettings,
+    Names,
     OutputSettings,
     PoolSettings,
     PromptSettings,
@@ -70,6 +71,14 @@ class CostSettings(Settings):
     """US dollars for one GPU for one hour; null: no cost is shown."""
 
 
+class ReportSettings(Settings):
+    """What reports may show."""
+
+    redact: Names = Field(default_factory=list)
+    """Input columns whose values are never shown, for example `[customer, email]`: `[redacted]` stands in the examples of
+    failed rows, and for error messages, which may quote a row. A list for many jobs may name columns that this one lacks."""
+
+
 class JobSpec(Settings):
     """One job, complete and consistent."""
 
@@ -95,6 +104,8 @@ class JobSpec(Settings):
     """Which Ray cluster runs the job."""
     cost: CostSettings = CostSettings()
     """What the job's GPUs cost."""
+    report: ReportSettings = ReportSettings()
+    """What reports may show."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> JobSpec:
