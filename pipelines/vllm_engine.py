@@ -19,7 +19,7 @@ import psutil
 from pipelines import vllm_log
 from pipelines.engine import Answer, EngineInfo, Sample, StartParts, TokenIds, check_prompt
 from pipelines.engine_args import check_engine_args, known_engine_args
-from pipelines.errors import EngineDied, EngineStartError, RowError, ShardError
+from pipelines.errors import BadInput, EngineDied, EngineStartError, RowError, ShardError
 from pipelines.model_folder import local_model, lora_rank
 from pipelines.scopes import scope_of
 from pipelines.settings import LoraSettings, ModelSettings, PoolSettings, SamplingSettings
@@ -58,7 +58,8 @@ class VLLMEngine:
         self._start_parts = StartParts()
 
     async def start(self) -> EngineInfo:
-        """Load the model: 10 s for a tiny one on a CPU, minutes for a large one. Raises EngineStartError.
+        """Load the model: 10 s for a tiny one on a CPU, minutes for a large one. Raises EngineStartError, and
+        BadInput for a model that cannot be brought here or is refused.
 
         AsyncLLM's constructor blocks until the model is loaded, so it runs on a thread; it needs no event loop there
         and starts its output task with the first request, in the loop that made it. After a cancelled start call
@@ -68,7 +69,7 @@ class VLLMEngine:
         self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
         try:
             await asyncio.shield(self._building)
-        except EngineStartError:
+        except (EngineStartError, BadInput):
             raise
         except Exception as error:  # whatever vLLM, torch and transformers raise: the model does not load
             raise EngineStartError(self._start_reason(error)) from error
