@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from jobs.engines import Engines, engines_of, hardware_of
+from jobs.policy import check_pool
 from jobs.spec import JobSpec
 from pipelines.errors import JobError
 from pipelines.run import COMMIT_CPUS, PREPARE_CPUS, EngineResources
@@ -18,6 +19,7 @@ def settle(spec: JobSpec) -> tuple[PoolSettings, EngineResources]:
 
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     engines = engines_of(spec, hardware_of(spec, have))
+    check_pool(spec, engines.pool)
     return engines.pool, engine_resources(spec, engines, have)
 
 

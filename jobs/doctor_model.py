@@ -78,7 +78,9 @@ def _in_folder(model: ModelSettings, folder: Path, named: str) -> Place:
 
 
 def _in_storage(model: ModelSettings) -> Place:
-    sizes = {info.name: info.size for info in Storage(model.source, patience_s=5).list()}
+    sizes = {
+        info.name: info.size for info in Storage(model.source, model.storage_options, patience_s=5).list()
+    }
     problem = folder_problem(model.source, sizes, None, dummy=False)
     found = problem or Finding(
         "model", "ok", f"{model.source}: {gib(sum(sizes.values()))} in {len(sizes)} files"

@@ -27,7 +27,7 @@ from pipelines.errors import ModelError
 _COUNTED: dict[str, frozenset[str] | None] = {
     "input": frozenset({"columns", "filter", "format", "id_column"}),
     "prompt": None,
-    "model": frozenset({"source", "revision", "tokenizer", "backend", "engine"}),
+    "model": frozenset({"source", "revision", "tokenizer", "backend", "engine", "lora"}),
     "sampling": None,
     "output": frozenset({"columns", "rename", "failed_rows"}),
 }
@@ -66,6 +66,12 @@ def identity(job: LoadedJob, folders: Sequence[str] = ()) -> dict[str, Any]:
                 "folder": os.path.basename(place),
                 "sha256": digest_of_model(place, code=trusted),
             }
+    lora = job.spec.model.lora
+    if lora is not None and os.path.isabs(lora.source):
+        found["model.lora.source"] = {
+            "folder": os.path.basename(lora.source),
+            "sha256": digest_of_model(lora.source),
+        }
     if job.spec.prompt.function is not None:
         module = job.spec.prompt.function.partition(":")[0]
         found["prompt.function code"] = digest_of_package(module, folders)

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from jobs.job_file import Key, Origin, Tree, parse_value, read_job_file, shown, tree_at, tree_of
 from jobs.mistakes import accepts, allows_null, describe, field_at
+from jobs.policy import check_job
 from jobs.references import MASK, References, is_one_reference, is_secret_name, masked, references_in
 from jobs.spec import JobSpec
 from pipelines.errors import SpecError
@@ -49,6 +50,8 @@ class LoadedJob:
     files: tuple[Path, ...] = ()
     """The job file and all that it extends."""
     origins: dict[Key, Origin] = field(default_factory=dict, repr=False)
+    pin: dict[str, Any] | None = None
+    """Which revision the model's name stands for in this job: `jobs.pinning`."""
 
     def where(self, key: str) -> str:
         """`conf/jobs/demo.yaml:7`: where a dotted key was set."""
@@ -69,7 +72,8 @@ def load(
     `overrides` are `key.of.it=value` with YAML values, or a mapping from dotted keys to values. `variables` are the
     run variables by name, `{"date": "2026-11-01"}` for `${run.date}`; `date` (today, UTC) and `id` have defaults.
     Relative paths of data and models are relative to `directory`, by default the working directory, as for every
-    other command; those of `extends` to the file that names them.
+    other command; those of `extends` to the file that names them. What the platform's policy (`DRAY_POLICY`) forbids is
+    refused here.
 
     Raises SpecError with one line for each mistake: file and line, key, what was given, what is allowed.
     """
@@ -101,6 +105,7 @@ def load(
     except ValidationError as error:
         _refuse(describe(error, values, tree, name))
         raise
+    check_job(spec)
     before_run = References(references.env, None)
     return LoadedJob(
         spec=spec,
@@ -251,4 +256,7 @@ def _with_absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
     change("output", "path", data)
     change("model", "source", model)
     change("model", "tokenizer", model)
+    adapter = (values.get("model") or {}).get("lora") if isinstance(values.get("model"), dict) else None
+    if isinstance(adapter, dict) and "source" in adapter:
+        adapter["source"] = model(adapter["source"])
     return values

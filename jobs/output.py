@@ -13,6 +13,7 @@ import pyarrow as pa
 from jobs.books import SUCCESS, Books
 from jobs.fingerprint import explain_difference
 from jobs.loading import LoadedJob
+from jobs.pinning import PIN
 from jobs.report import Report, percentiles, seconds
 from pipelines import __version__
 from pipelines.contracts import FORMAT_VERSION
@@ -72,6 +73,7 @@ def claim(storage: Storage, job: LoadedJob, fingerprint: str, identity: Mapping[
         "fingerprint": fingerprint,
         "identity": identity,
         "spec": job.raw,
+        PIN: job.pin,
     }
     check_claim(storage, fingerprint, identity)
     storage.create(SPEC, json.dumps(record, indent=1, sort_keys=True).encode())

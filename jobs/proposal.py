@@ -10,13 +10,15 @@ from typing import Any
 
 import pyarrow as pa
 from rich.console import Group, RenderableType
+from rich.markup import escape
 
 from jobs.books import SUCCESS, committed_shards
 from jobs.cutting import CPU_TOKENS_PER_S, GPU_TOKENS_PER_S, SHARD_S
 from jobs.engines import Engines, engines_of, hardware_here
 from jobs.fingerprint import fingerprint, identity
 from jobs.loading import LoadedJob
-from jobs.output import check_claim, claim
+from jobs.output import check_claim, claim, read_spec
+from jobs.pinning import described, pinned
 from jobs.planning import Plan, extend, load_plan, new_plan, save_plan, summary
 from jobs.spec import JobSpec, check_against_schema, needed_columns
 from pipelines.code import code_digest, code_path, load_function, user_folders
@@ -33,6 +35,7 @@ class Proposal:
     """A plan that may not be saved yet, and what there is of its output."""
 
     job: LoadedJob
+    """With the revision of its model pinned."""
     storage: Storage
     plan: Plan
     identity: dict[str, Any]
@@ -55,6 +58,7 @@ class Proposal:
             **summary(self.plan),
             "job": self.job.spec.name,
             "output": self.storage.url(),
+            "model": described(self.job.pin),
             "committed_shards": len(self.committed),
             "finished": self.storage.exists(SUCCESS),
             "engine": self.engines.to_dict(),
@@ -94,6 +98,8 @@ class Proposal:
         ]
         if largest and largest["rows"] is not None:
             lines.append(f"        the largest has {largest['rows']:,} rows")
+        if found["model"]:
+            lines.append(f"model   {escape(found['model'])}")
         if found["superseded_shards"]:
             lines.append(f"        {found['superseded_shards']:,} superseded by changed files")
         for head, line in zip(chain(["engine"], repeat("      ")), self.engines.lines(), strict=False):
@@ -109,10 +115,12 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
     `relist` lists the input and extends an existing plan; without it an existing plan is taken as it is. Raises
     BadInput for whatever is wrong with model, function, input, columns or output.
     """
+    storage = Storage(job.spec.output.path, job.spec.output.storage_options)
+    check_model(job.spec.model)  # before a hub or a store is asked for it
+    job = pinned(job, read_spec(storage))
     spec = job.spec
     covered = checked_identity(job)
     print_ = fingerprint(covered)
-    storage = Storage(spec.output.path, spec.output.storage_options)
     check_claim(storage, print_, covered)
     plan = load_plan(storage)
     if not relist:

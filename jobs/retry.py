@@ -24,6 +24,7 @@ from jobs.ledger import Ledger, new_run_id
 from jobs.loading import LoadedJob
 from jobs.lock import OutputLock
 from jobs.output import succeed, write_card, write_stats
+from jobs.pinning import pinned
 from jobs.proposal import checked_identity, work_of
 from jobs.report import Report
 from jobs.runner import Driver, Observer, Progress
@@ -73,6 +74,7 @@ def retry_failed(
     storage = Storage(job.spec.output.path, job.spec.output.storage_options)
     observer(Progress(phase="planning"))
     record, plan = opened(storage)
+    job = pinned(job, record)
     identity = checked_identity(job)
     _check_settings(job, record, identity)
     check_against_schema(job.spec, plan.input_schema)

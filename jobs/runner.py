@@ -97,6 +97,7 @@ def run(
     storage = Storage(job.spec.output.path, job.spec.output.storage_options)
     observer(Progress(phase="planning"))
     proposal = propose(job, relist=relist)
+    job = proposal.job
     if not storage.check_writable():
         log.warning(
             "%s: this store ignores conditional writes; two drivers started at once may repeat work",

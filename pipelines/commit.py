@@ -27,6 +27,7 @@ from pipelines.merge import merge
 from pipelines.metrics import tell_committed
 from pipelines.orphans import end_with_parent
 from pipelines.part import Footer, build_part, read_part
+from pipelines.policy import check_model_allowed
 from pipelines.result import build_result
 from pipelines.stage import Failure, Parcel
 from pipelines.storage import Storage
@@ -52,6 +53,7 @@ class Commit:
     def detokenizer(self) -> Detokenizer:
         """Made with the actor; what is wrong with it meets the first shard again and is that shard's failure."""
         check_code(self.work.code_digest, self.work.code_path)
+        check_model_allowed(self.work.model)  # by this machine's own policy
         return Detokenizer(load_tokenizer(self.work.model), self.work.sampling)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

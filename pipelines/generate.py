@@ -34,6 +34,7 @@ from pipelines.errors import EngineDied, EngineStartError, RowError, Stopped
 from pipelines.merge import is_committed
 from pipelines.metrics import INTERVAL_S, EngineMetrics
 from pipelines.orphans import end_with_parent, end_with_this_process
+from pipelines.policy import check_model_allowed
 from pipelines.stage import Failure, Parcel
 from pipelines.stop import StopFlag
 from pipelines.storage import Storage
@@ -184,6 +185,7 @@ class Generate:
     def _open(self) -> Started:
         """Blocks until the engine is ready. An engine takes the loop of its first request, not this one."""
         check_code(self.work.code_digest, self.work.code_path)
+        check_model_allowed(self.work.model)  # by this machine's own policy
         actor = _replaced_actor()
         if actor is None:
             return self._open_once()

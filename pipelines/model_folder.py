@@ -1,4 +1,4 @@
-"""Is this a model? What can be told of `model.source` without loading anything."""
+"""Is this a model, and where is it on this machine? What can be told of `model.source` without loading anything."""
 
 from __future__ import annotations
 
@@ -6,28 +6,44 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from pipelines.engine_args import check_engine_args
 from pipelines.errors import ModelError
-from pipelines.settings import ModelSettings
+from pipelines.model_cache import cached_model, pull
+from pipelines.model_shape import cached
+from pipelines.model_weights import (
+    check_load_format,
+    check_weights,
+    loads_weights,
+    refuse_pickles,
+    streams_weights,
+)
+from pipelines.settings import LoraSettings, ModelSettings
 
 #: `name` or `owner/name`, as the Hugging Face hub allows them.
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 def check_model(model: ModelSettings) -> None:
-    """Raise ModelError for a source that is no model folder and no hub id, and for unknown engine arguments."""
+    """Raise ModelError for a source that is no model folder, URL or hub id, for weights that are pickles, and for unknown
+    engine arguments. What is behind a URL is looked at when its revision is pinned.
+    """
     check_engine_args(model.engine)
+    check_load_format(model.engine)
+    if model.lora is not None and os.path.isabs(model.lora.source):
+        check_adapter(model.lora.source, Path(model.lora.source))
     source = model.source
     if not os.path.isabs(source):
         if "://" in source:
-            raise ModelError(
-                f"model.source: {source}: models are loaded from a hub id or a local folder; copy it to one first"
-            )
+            return
         if not _HUB_ID.fullmatch(source):
             raise ModelError(
                 f"model.source: {source!r} is neither a folder nor a hub id such as Qwen/Qwen2.5-7B-Instruct"
             )
+        snapshot = cached(source, model)
+        if snapshot is not None:
+            _check_folder(model, snapshot)
         return
     config = Path(source) / "config.json"
     if not Path(source).is_dir():
@@ -38,3 +54,76 @@ def check_model(model: ModelSettings) -> None:
         raise ModelError(f"model.source: {source} is no model: it has no config.json") from None
     except ValueError as error:
         raise ModelError(f"model.source: {config} is not JSON: {error}") from None
+    _check_folder(model, Path(source))
+
+
+def _check_folder(model: ModelSettings, folder: Path) -> None:
+    if model.backend == "vllm":
+        check_weights(model.source, (path.name for path in folder.iterdir()), model.engine)
+
+
+def local_model(model: ModelSettings, *, weights: bool) -> ModelSettings:
+    """The same model as folders of this machine, copied into its cache first where the source is a URL.
+
+    Hub ids become folders only where `dray models pull` has brought them; others are left to the hub's own cache.
+    `weights` False: only what a tokenizer needs. Raises ModelError, StorageError.
+    """
+    full = weights and loads_weights(model.engine)
+    update: dict[str, Any] = {}
+    if not (weights and streams_weights(model.engine)):
+        folder = _folder_of(model.source, model.revision, model, weights=full)
+        if folder is not None:
+            update = {"source": str(folder), "revision": None}
+    elif model.tokenizer is None and "://" in model.source:
+        update["tokenizer"] = str(_folder_of(model.source, model.revision, model, weights=False))
+    if model.tokenizer is not None:
+        revision = model.engine.get("tokenizer_revision") or model.revision
+        folder = _folder_of(model.tokenizer, revision, model, weights=False)
+        if folder is not None:
+            update["tokenizer"] = str(folder)
+    if weights and model.lora is not None:
+        update["lora"] = _local_adapter(model.lora, model)
+    local = model.model_copy(update=update)
+    if full and os.path.isdir(local.source):
+        _check_folder(local, Path(local.source))
+    return local
+
+
+def _local_adapter(lora: LoraSettings, model: ModelSettings) -> LoraSettings:
+    """As a folder, from the hub too: vLLM itself would take a pickle from there."""
+    folder = Path(lora.source)
+    if not folder.is_absolute():
+        folder, _ = pull(
+            lora.source, lora.revision, model.storage_options, token=model.engine.get("hf_token")
+        )
+    check_adapter(lora.source, folder)
+    return lora.model_copy(update={"source": str(folder), "revision": None})
+
+
+def check_adapter(source: str, folder: Path) -> None:
+    """Raise ModelError for a folder that is no LoRA adapter, or whose weights are a pickle."""
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"model.lora.source: {source} is no LoRA adapter: it has no adapter_config.json")
+    refuse_pickles(source, (path.name for path in folder.iterdir()))
+
+
+def lora_rank(folder: Path) -> int:
+    """The rank of a LoRA adapter. Raises ModelError for a configuration that does not tell."""
+    try:
+        return int(json.loads((folder / "adapter_config.json").read_bytes())["r"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"model.lora.source: {folder}/adapter_config.json gives no rank `r`: {error}"
+        ) from None
+
+
+def _folder_of(source: str, revision: str | None, model: ModelSettings, *, weights: bool) -> Path | None:
+    """None: the source is taken as it is."""
+    if "://" in source:
+        return pull(source, revision, model.storage_options, weights=weights)[0]
+    if os.path.isabs(source):
+        return None
+    found = cached_model(source, revision, weights=weights) or cached_model(
+        source, asked=revision, weights=weights
+    )
+    return found[0] if found else None

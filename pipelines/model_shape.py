@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import ModelError
+from pipelines.model_cache import cached_model
 from pipelines.settings import ModelSettings
+from pipelines.storage import Storage
 
 #: Bytes of a parameter by safetensors' dtype names; the F8 family has one byte.
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -49,15 +51,15 @@ class ModelShape:
 
 
 def read_shape(model: ModelSettings) -> ModelShape | None:
-    """The shape of a model that is on this machine: a local folder, or in the hub cache. None where it is not, or has no
-    config.json that tells.
+    """The shape of a model that is on this machine: a local folder, or in a cache. None where it is not, or has no
+    config.json that tells. Of a URL that is not in the cache yet only config.json is read.
 
     Raises ModelError for weight files that are cut short.
     """
     path = Path(model.source).expanduser()
-    folder = path if path.is_dir() else cached(model.source, model)
+    folder = path if path.is_dir() else _cached_folder(model)
     if folder is None:
-        return None
+        return _stored_shape(model) if "://" in model.source else None
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
@@ -70,6 +72,21 @@ def read_shape(model: ModelSettings) -> ModelShape | None:
         files = [folder / name for name in weight_files(sizes, weight_index(folder))]
         counts = count_parameters(files) if all(file.exists() for file in files) else None
     return shape_of(config, model.engine, counts)
+
+
+def _cached_folder(model: ModelSettings) -> Path | None:
+    found = cached_model(model.source, model.revision) if model.revision else None
+    if found is None and "://" in model.source:
+        return None
+    return found[0] if found else cached(model.source, model)
+
+
+def _stored_shape(model: ModelSettings) -> ModelShape | None:
+    try:
+        config = json.loads(Storage(model.source, model.storage_options).read("config.json"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return shape_of(config, model.engine) if isinstance(config, dict) else None
 
 
 def shape_of(

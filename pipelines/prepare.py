@@ -14,6 +14,7 @@ from pipelines.contracts import PROMPT_SCHEMA, Work
 from pipelines.errors import Stopped
 from pipelines.merge import failed_rows
 from pipelines.orphans import end_with_parent
+from pipelines.policy import check_model_allowed
 from pipelines.prompt import PromptBuilder
 from pipelines.read import read_shard
 from pipelines.stage import Failure, Parcel
@@ -41,6 +42,7 @@ class Prepare:
     def builder(self) -> PromptBuilder:
         """Made with the actor; what is wrong with it meets the first shard again and is that shard's failure."""
         check_code(self.work.code_digest, self.work.code_path)
+        check_model_allowed(self.work.model)  # by this machine's own policy
         return PromptBuilder(
             self.work.prompt, load_tokenizer(self.work.model), self.work.user_modules, self.work.sampling
         )

@@ -130,13 +130,26 @@ class SimulatedSettings(Settings):
         return self
 
 
+class LoraSettings(Settings):
+    """A LoRA adapter on top of the model."""
+
+    source: Text
+    """A hub id, a local folder with `adapter_config.json`, or the URL of one."""
+    revision: Text | None = None
+    """As `model.revision`."""
+
+
 class ModelSettings(Settings):
     """Which model answers, and the engine that hosts it."""
 
     source: Text
-    """A hub id, or a local folder with `config.json`."""
+    """A hub id, a local folder with `config.json`, or the URL of one (`s3://…`), which each node copies into its cache."""
     revision: Text | None = None
-    """The hub revision; pin a commit for results that can be repeated."""
+    """The hub revision, or what `dray models pull` says of a URL's; the first plan pins what it stands for then."""
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """As `input.storage_options`, for a source that is a URL."""
+    lora: LoraSettings | None = None
+    """A LoRA adapter that all requests use."""
     tokenizer: Text | None = None
     """Where the tokenizer lives if not with the model."""
     backend: Literal["vllm", "simulated"] = "vllm"

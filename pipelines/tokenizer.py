@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from pipelines.errors import ModelError
+from pipelines.model_folder import local_model
 from pipelines.settings import ModelSettings
 
 #: vLLM's own tokenizer classes (DeepSeek V3.2, Kimi audio …) live inside vLLM; these modes are transformers'.
@@ -39,6 +40,7 @@ def load_tokenizer(model: ModelSettings) -> Any:
             f"model.engine.tokenizer_mode: Dray reads prompts with transformers' tokenizers and cannot use {mode!r}; "
             f"allowed: {', '.join(_TRANSFORMERS_MODES)}"
         )
+    model = local_model(model, weights=False)
     return _load(
         model.tokenizer or model.source,
         engine.get("tokenizer_revision") or model.revision,
@@ -82,7 +84,8 @@ def _load(
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             reason = (
-                "its tokenizer is code of its own; set `model.engine.trust_remote_code: true` if you trust it"
+                "its tokenizer is code of its own, which takes `model.engine.trust_remote_code: true` and the "
+                "platform's permission (docs/models.md)"
             )
         elif _is_path(source) and not _has_tokenizer(Path(source)):
             reason = (

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import gc
 import multiprocessing
+import os
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,17 @@ import psutil
 from pipelines import vllm_log
 from pipelines.engine import Answer, CacheUse, EngineInfo, Sample, StartParts, TokenIds, check_prompt
 from pipelines.engine_args import check_engine_args, known_engine_args
-from pipelines.errors import EngineDied, EngineStartError, RowError, ShardError
+from pipelines.errors import BadInput, EngineDied, EngineStartError, RowError, ShardError
+from pipelines.model_folder import local_model, lora_rank
 from pipelines.scopes import scope_of
-from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
+from pipelines.settings import LoraSettings, ModelSettings, PoolSettings, SamplingSettings
 from pipelines.vllm_defaults import cpu_defaults, gpu_defaults, set_quiet_environment
 from pipelines.vllm_start import compile_key, start_turn
 
 #: Seconds for killed processes to go: a GPU's memory is given back in that time.
 KILL_S = 20.0
+#: What vLLM takes for `max_lora_rank` (vllm/config/lora.py).
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VLLMEngine:
@@ -43,6 +47,7 @@ class VLLMEngine:
         self._building: asyncio.Future[Any] | None = None
         self._llm: Any = None
         self._params: Any = None
+        self._lora: Any = None
         self._max_model_len = 0
         self._in_flight: set[str] = set()
         self._family: list[psutil.Process] = []
@@ -54,7 +59,8 @@ class VLLMEngine:
         self._start_parts = StartParts()
 
     async def start(self) -> EngineInfo:
-        """Load the model: 10 s for a tiny one on a CPU, minutes for a large one. Raises EngineStartError.
+        """Load the model: 10 s for a tiny one on a CPU, minutes for a large one. Raises EngineStartError, and
+        BadInput for a model that cannot be brought here or is refused.
 
         AsyncLLM's constructor blocks until the model is loaded, so it runs on a thread; it needs no event loop there
         and starts its output task with the first request, in the loop that made it. After a cancelled start call
@@ -64,7 +70,7 @@ class VLLMEngine:
         self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
         try:
             await asyncio.shield(self._building)
-        except EngineStartError:
+        except (EngineStartError, BadInput):
             raise
         except Exception as error:  # whatever vLLM, torch and transformers raise: the model does not load
             raise EngineStartError(self._start_reason(error)) from error
@@ -97,7 +103,9 @@ class VLLMEngine:
             params.seed = seed
             params.max_tokens = max_tokens or params.max_tokens
         # The rendered form of a prompt: vLLM 0.32 sends the raw form (TokensPrompt) through a thread pool first.
-        stream = llm.generate({"type": "token", "prompt_token_ids": prompt}, params, request_id)
+        stream = llm.generate(
+            {"type": "token", "prompt_token_ids": prompt}, params, request_id, lora_request=self._lora
+        )
         output: Any = None
         self._in_flight.add(request_id)
         began = time.monotonic()
@@ -183,6 +191,7 @@ class VLLMEngine:
     def _build(self) -> None:
         """Import vLLM and construct the engine; blocks."""
         check_engine_args(self._model.engine)
+        model = local_model(self._model, weights=True)
         set_quiet_environment()
         self._log = vllm_log.error_log()
         self._log_offset = vllm_log.size(self._log)
@@ -206,15 +215,21 @@ class VLLMEngine:
                 f"pool.device is {self._pool.device}, but this vLLM runs on {current_platform.device_type}"
             )
         if on_cpu:
-            defaults = cpu_defaults(self._model, self._sampling, self._pool)
+            defaults = cpu_defaults(model, self._sampling, self._pool)
         else:
             gpu_bytes = int(current_platform.get_device_total_memory())
-            defaults = gpu_defaults(self._model, self._sampling, self._pool, gpu_bytes)
+            defaults = gpu_defaults(model, self._sampling, self._pool, gpu_bytes)
         # Before the model loads: a mistake here should not cost minutes.
         self._params = _sampling_params(self._sampling)
         known = known_engine_args()  # a vLLM without an argument of ours goes without it
         values = {name: value for name, value in defaults.items() if known is None or name in known}
-        values |= self._model.engine
+        values |= model.engine
+        on_hub = not os.path.isdir(model.source) and "://" not in model.source
+        if on_hub and values.get("load_format", "auto") in ("auto", "hf"):
+            values["load_format"] = "safetensors"  # these would take pickles too
+        if model.lora is not None:
+            values |= {"enable_lora": True, "max_lora_rank": _lora_rank(model.lora, values)}
+            self._lora = _lora_request(model.lora)
         args = AsyncEngineArgs(**values)
         compiles = compile_key(_vllm_version(), _device_name(), values)
         one_rank = self._model.gpus_per_engine == 1  # several do not end their compilation at once
@@ -272,6 +287,19 @@ def _start_parts(
         compile_s=told.get("compile_s", None if int(compilation.mode or 0) else 0.0),
         graphs_s=told.get("graphs_s", None if compilation.cudagraph_mode.value else 0.0),
     )
+
+
+def _lora_request(lora: LoraSettings) -> Any:
+    """For all requests of the engine; `lora.source` is a folder by now."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(lora_name="adapter", lora_int_id=1, lora_path=lora.source)
+
+
+def _lora_rank(lora: LoraSettings, values: Mapping[str, Any]) -> int:
+    """The least `max_lora_rank` of vLLM's that holds the adapter, unless the job says one."""
+    rank = lora_rank(Path(lora.source))
+    return int(values.get("max_lora_rank") or next((r for r in _LORA_RANKS if r >= rank), rank))
 
 
 def _sampling_params(sampling: SamplingSettings) -> Any:

@@ -1,0 +1,211 @@
+"""The platform's policy: what jobs may do on these machines. A YAML file that `DRAY_POLICY` names and no job overrides.
+
+    models:
+      allow: [Qwen/*, "s3://models/*"]           # fnmatch, over the model and whatever else the job loads
+      trust_remote_code:
+        - {source: acme/own-arch, revision: 4f0c…}
+    pool:    {max_engines: 32, max_gpus: 64}
+    outputs: {allow: ["s3://team-out/"]}
+
+Read anew at each check: on the driver when a job is loaded, and for its model by every worker, under the worker's own
+environment. A file that cannot be read, or has a key that is not known, allows nothing: it is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from fnmatch import fnmatchcase
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, PositiveInt, ValidationError
+
+from pipelines.errors import DrayError, SpecError
+from pipelines.settings import ModelSettings, PoolSettings, Settings, Text
+from pipelines.storage import locate
+
+VARIABLE = "DRAY_POLICY"
+
+
+class TrustedCode(Settings):
+    """A model that may run code of its own."""
+
+    source: Text
+    """The model's source, in full: no pattern."""
+    revision: Text | None = None
+    """The job's `model.revision` must be this one. Only a local folder, which the platform keeps itself, goes without."""
+
+
+class ModelsPolicy(Settings):
+    """Which models."""
+
+    allow: list[Text] | None = None
+    """Patterns of fnmatch over hub ids, folders and URLs; null: any."""
+    trust_remote_code: list[TrustedCode] = Field(default_factory=list)
+    """Models whose own code may run."""
+
+
+class PoolPolicy(Settings):
+    """How large a pool."""
+
+    max_engines: PositiveInt | None = None
+    """Most engines of one job."""
+    max_gpus: Annotated[int, Field(ge=0)] | None = None
+    """Most GPUs of one job."""
+
+
+class OutputsPolicy(Settings):
+    """Where jobs may write."""
+
+    allow: list[Text] | None = None
+    """Folders and URLs: an output is one of them or lies below one. null: anywhere."""
+
+
+class Policy(Settings):
+    """All of it; an empty one allows everything but a model's own code."""
+
+    models: ModelsPolicy = ModelsPolicy()
+    """Which models."""
+    pool: PoolPolicy = PoolPolicy()
+    """How large a pool."""
+    outputs: OutputsPolicy = OutputsPolicy()
+    """Where jobs may write."""
+
+
+def read_policy() -> Policy:
+    """The policy of this process. Raises SpecError for one that cannot be read or understood."""
+    place = os.environ.get(VARIABLE)
+    if not place:
+        return Policy()
+    try:
+        storage, name = locate(place)
+        tree = yaml.safe_load(storage.read(name))
+    except (DrayError, OSError, ValueError, yaml.YAMLError) as error:
+        reason = (
+            "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        )
+        raise SpecError(
+            f"{VARIABLE}: {place}: the platform's policy cannot be read: {reason[:300]}"
+        ) from None
+    try:
+        return Policy.model_validate({} if tree is None else tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise SpecError(f"{VARIABLE}: {place}: {key}: {first['msg']}") from None
+
+
+def sources_of(model: ModelSettings) -> list[tuple[str, str]]:
+    """(key, source) for everything that the engine would load files from."""
+    engine = model.engine
+    drafter: Any = engine.get("speculative_config") or {}
+    given = [
+        ("model.source", model.source),
+        ("model.tokenizer", model.tokenizer),
+        ("model.lora.source", model.lora.source if model.lora else None),
+        ("model.engine.hf_config_path", engine.get("hf_config_path")),
+        (
+            "model.engine.speculative_config.model",
+            drafter.get("model") if isinstance(drafter, dict) else None,
+        ),
+    ]
+    return [(key, str(source)) for key, source in given if source]
+
+
+def model_problems(policy: Policy, model: ModelSettings) -> list[str]:
+    """What the policy has against a model, one line each."""
+    problems = []
+    allowed = policy.models.allow
+    for key, source in sources_of(model):
+        if allowed is not None and not any(fnmatchcase(source, pattern) for pattern in allowed):
+            problems.append(
+                f"{key}: {source} is not allowed here; the platform's policy allows {', '.join(allowed) or 'none'}"
+            )
+    if _trusts(model):
+        for key, source in sources_of(model):
+            revision = _revision_of(key, model)
+            if not any(_is_trusted(entry, source, revision) for entry in policy.models.trust_remote_code):
+                at = f"revision {revision}" if revision else "no revision"
+                problems.append(
+                    f"model.engine.trust_remote_code: {key} {source} with {at} may not run code of its own here; only the "
+                    f"platform's policy ({VARIABLE}) can allow that, by models.trust_remote_code for that very source and "
+                    "revision"
+                )
+        if model.engine.get("code_revision") not in (None, model.revision):
+            problems.append(
+                "model.engine.code_revision: code is only trusted of model.revision; leave it out"
+            )
+    return problems
+
+
+def pool_problems(policy: Policy, model: ModelSettings, pool: PoolSettings) -> list[str]:
+    """What the policy has against a pool, one line each; what `auto` leaves open is held against it when settled."""
+    problems = []
+    engines = None if pool.replicas == "auto" else pool.most_engines
+    most = policy.pool.max_engines
+    if engines is not None and most is not None and engines > most:
+        problems.append(
+            f"pool.replicas: {engines} engines are more than the {most} that the platform's policy allows"
+        )
+    most = policy.pool.max_gpus
+    if engines is not None and most is not None and pool.device != "cpu" and pool.engines_per_gpu != "auto":
+        gpus = -(-engines * model.gpus_per_engine // pool.engines_per_gpu)
+        if gpus > most and (pool.device == "gpu" or model.gpus_per_engine > 1):
+            problems.append(
+                f"pool.replicas: {engines} engines take {gpus} GPUs, more than the {most} that the platform's policy allows"
+            )
+    return problems
+
+
+def output_problems(policy: Policy, path: str) -> list[str]:
+    """What the policy has against an output's place."""
+    allowed = policy.outputs.allow
+    if allowed is None:
+        return []
+    place = _plain(path)
+    if ".." not in place.split("/") and any(
+        place == _plain(folder) or place.startswith(f"{_plain(folder)}/") for folder in allowed
+    ):
+        return []
+    return [
+        f"output.path: {path} is not allowed here; the platform's policy allows {', '.join(allowed) or 'none'}"
+    ]
+
+
+def check_model_allowed(model: ModelSettings) -> None:
+    """What a worker does before it loads anything. Raises SpecError."""
+    problems = model_problems(read_policy(), model)
+    if problems:
+        raise SpecError("\n".join(problems))
+
+
+def _trusts(model: ModelSettings) -> bool:
+    """Whether a job asks for a model's own code anywhere."""
+    drafter: Any = model.engine.get("speculative_config") or {}
+    nested = drafter.get("trust_remote_code") if isinstance(drafter, dict) else None
+    return bool(model.engine.get("trust_remote_code") or nested)
+
+
+def _revision_of(key: str, model: ModelSettings) -> str | None:
+    if key == "model.tokenizer":
+        return str(model.engine.get("tokenizer_revision") or model.revision or "") or None
+    if key == "model.lora.source":
+        return model.lora.revision if model.lora else None
+    if key == "model.engine.speculative_config.model":
+        revision = model.engine["speculative_config"].get("revision")
+        return str(revision) if revision else None
+    return model.revision
+
+
+def _is_trusted(entry: TrustedCode, source: str, revision: str | None) -> bool:
+    if entry.source != source:
+        return False
+    return entry.revision == revision if entry.revision else os.path.isabs(source)
+
+
+def _plain(path: str) -> str:
+    """A path or URL as it is compared: `s3a` is `s3`, `file://` is a path, no slash at its end."""
+    protocol, mark, rest = path.partition("://")
+    if not mark or protocol.lower() in ("file", "local"):
+        return os.path.normpath(rest if mark else os.path.expanduser(path))
+    return f"{'s3' if protocol.lower() == 's3a' else protocol.lower()}://{rest.rstrip('/')}"

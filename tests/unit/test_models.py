@@ -1,0 +1,270 @@
+"""The cache of models: whole or not there, checked, pinned; and what is refused before any engine starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from jobs.cli import main
+from jobs.loading import LoadedJob, load
+from jobs.output import read_spec
+from jobs.pinning import pinned
+from jobs.proposal import propose
+from pipelines import model_source
+from pipelines.errors import ModelError, OutputError
+from pipelines.model_cache import cache_root, cached_model, cached_models, pull, unfinished
+from pipelines.model_folder import check_model, local_model
+from pipelines.model_manifest import MANIFEST, Manifest, read_manifest
+from pipelines.settings import ModelSettings
+from pipelines.storage import Storage
+from pipelines.tokenizer import load_tokenizer
+
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-model"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DRAY_MODELS", str(tmp_path / "cache"))
+    monkeypatch.setattr(model_source, "CHUNK", 64 << 10)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A copy of the tiny model, in a place that counts as a store."""
+    return Path(shutil.copytree(TINY, tmp_path / "store" / "tiny"))
+
+
+@pytest.fixture
+def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of all ranges that were read of any store."""
+    read: list[int] = []
+    whole = Storage.read_range
+
+    def counted(self: Storage, *args: Any, **kwargs: Any) -> bytes:
+        data = whole(self, *args, **kwargs)
+        read.append(len(data))
+        return data
+
+    monkeypatch.setattr(Storage, "read_range", counted)
+    return read
+
+
+def test_a_pulled_model_is_the_model(tiny: Path, bytes_read: list[int]) -> None:
+    folder, manifest = pull(f"file://{tiny}")
+    assert folder.parent == cache_root()
+    assert {file.name for file in manifest.files} == {path.name for path in tiny.iterdir()}
+    assert all((folder / path.name).read_bytes() == path.read_bytes() for path in tiny.iterdir())
+    assert {path.name for path in folder.iterdir()} == {*(file.name for file in manifest.files), MANIFEST}
+    assert unfinished() == []
+    bytes_read.clear()
+    assert pull(f"file://{tiny}") == (folder, manifest)
+    assert bytes_read == []
+    shutil.rmtree(tiny)
+    assert pull(f"file://{tiny}", manifest.revision) == (folder, manifest)  # needs no store any more
+
+
+def test_a_flipped_byte_is_refused_where_a_manifest_says_so(tiny: Path, tmp_path: Path) -> None:
+    folder, manifest = pull(str(tiny), to=tmp_path / "published")
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ModelError, match=r"model\.safetensors: its content has sha256"):
+        pull(f"file://{folder}")
+    assert cached_models() == []
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    _, again = pull(f"file://{folder}")
+    assert again.revision == manifest.digest
+
+
+def test_a_damaged_copy_shows_in_verify_and_a_cut_one_is_copied_anew(tiny: Path) -> None:
+    folder, _ = pull(str(tiny))
+    runner = CliRunner()
+    assert runner.invoke(main, ["models", "verify", str(tiny)]).exit_code == 0
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    found = runner.invoke(main, ["models", "verify", "--json"])
+    assert found.exit_code == 1
+    assert "model.safetensors" in json.loads(found.stdout)["problems"][0]
+    weights.write_bytes(data[:-1])
+    assert cached_models() == []
+    assert json.loads(runner.invoke(main, ["models", "list", "--json"]).stdout)["damaged"] == [str(folder)]
+    pull(str(tiny))
+    assert weights.read_bytes() == (tiny / "model.safetensors").read_bytes()
+
+
+def test_a_stopped_pull_is_not_there_and_is_gone_on_with(tiny: Path, bytes_read: list[int]) -> None:
+    size = (tiny / "model.safetensors").stat().st_size
+
+    def stop(count: int) -> None:
+        if sum(bytes_read) > size // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pull(str(tiny), note=stop)
+    assert cached_models() == []
+    assert len(unfinished()) == 1
+    before = sum(bytes_read)
+    folder, _ = pull(str(tiny))
+    everything = sum(path.stat().st_size for path in tiny.iterdir())
+    assert sum(bytes_read) - before < everything - size // 4
+    assert (folder / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
+    assert unfinished() == []
+
+
+def test_a_part_of_another_version_is_not_gone_on_with(tiny: Path) -> None:
+    def stop(count: int) -> None:
+        if count:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pull(str(tiny), note=stop)
+    weights = tiny / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[10_000] ^= 1
+    weights.write_bytes(data)
+    folder, _ = pull(str(tiny))
+    assert (folder / "model.safetensors").read_bytes() == bytes(data)
+
+
+def test_to_does_not_overwrite(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds something else"):
+        pull(str(tiny), to=tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+def test_pickles_are_refused_and_never_copied(tiny: Path) -> None:
+    (tiny / "pytorch_model.bin").write_bytes(b"pickle")
+    folder, _ = pull(str(tiny))
+    assert not (folder / "pytorch_model.bin").exists()
+    (tiny / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"pickles \(pytorch_model\.bin\)"):
+        pull(str(tiny))
+    with pytest.raises(ModelError, match="pickles"):
+        check_model(ModelSettings(source=str(tiny)))
+    check_model(ModelSettings(source=str(tiny), engine={"load_format": "dummy"}))
+    with pytest.raises(ModelError, match="load_format: 'pt'"):
+        check_model(ModelSettings(source=str(TINY), engine={"load_format": "pt"}))
+    (tiny / "adapter_config.json").write_text('{"r": 8}')
+    with pytest.raises(ModelError, match="pickles"):
+        check_model(ModelSettings(source=str(TINY), lora={"source": str(tiny)}))
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder() -> None:
+    files = [{"name": "../../etc/x", "size": 1, "sha256": "0"}]
+    text = json.dumps({"format": 1, "source": "s", "revision": None, "files": files})
+    with pytest.raises(ModelError, match="leads out"):
+        Manifest.from_json(text.encode(), "m")
+
+
+def test_stages_that_need_no_weights_copy_none(tiny: Path) -> None:
+    model = ModelSettings(source=f"file://{tiny}")
+    assert load_tokenizer(model)("3 + 4")["input_ids"]
+    (folder, _), *others = cached_models()
+    assert others == []
+    assert not (folder / "model.safetensors").exists()
+    engine = local_model(model, weights=True)
+    assert Path(engine.source, "model.safetensors").exists()
+    assert engine.revision is None
+    streamed = local_model(
+        model.model_copy(update={"engine": {"load_format": "runai_streamer"}}), weights=True
+    )
+    assert streamed.source == model.source
+    assert Path(str(streamed.tokenizer), "tokenizer.json").exists()
+
+
+# ── Pinned ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def job_on(tmp_path: Path, source: str, *overrides: str) -> LoadedJob:
+    asked = tmp_path / "in" / "q.parquet"
+    if not asked.exists():
+        asked.parent.mkdir()
+        pq.write_table(pa.table({"q": ["1 + 1", "2 + 2"]}), asked)
+    return load(
+        {
+            "name": "test",
+            "input": {"path": str(asked)},
+            "prompt": {"template": "{{ q }}"},
+            "model": {"source": source},
+            "pool": {"device": "cpu"},
+            "output": {"path": str(tmp_path / "out")},
+        },
+        list(overrides),
+    )
+
+
+def test_the_first_plan_pins_a_stored_model_and_later_ones_keep_to_it(tiny: Path, tmp_path: Path) -> None:
+    job = job_on(tmp_path, f"file://{tiny}")
+    first = propose(job)
+    revision = first.job.spec.model.revision
+    assert revision is not None
+    assert revision.startswith("listing:")
+    assert revision in first.summary["model"]
+    first.save()
+    pull(f"file://{tiny}")
+    (tiny / "generation_config.json").write_text("{}")
+    # This node still has the pinned one.
+    assert propose(job, relist=False).job.spec.model.revision == revision
+    assert propose(job).plan.fingerprint == first.plan.fingerprint
+    shutil.rmtree(cache_root())
+    with pytest.raises(ModelError, match="there is listing:"):
+        propose(job, relist=False)
+
+
+def test_a_model_in_a_store_of_pickles_only_is_refused_when_planning(tiny: Path, tmp_path: Path) -> None:
+    (tiny / "model.safetensors").rename(tiny / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickles"):
+        propose(job_on(tmp_path, f"file://{tiny}"))
+
+
+def test_offline_the_hubs_local_cache_tells_the_commit(tmp_path: Path) -> None:
+    sha = "a" * 40
+    place = tmp_path / "hub" / "models--acme--tiny"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(sha)
+    shutil.copytree(TINY, place / "snapshots" / sha)
+    job = job_on(tmp_path, "acme/tiny", f"model.engine.download_dir={tmp_path / 'hub'}")
+    proposal = propose(job)
+    assert proposal.job.spec.model.revision == sha
+    proposal.save()
+    record = read_spec(proposal.storage)
+    assert record is not None
+    assert record["model_pin"]["revision"] == sha
+    (place / "refs" / "main").write_text("b" * 40)  # main moves
+    assert propose(job).job.spec.model.revision == sha
+
+
+def test_offline_without_a_cache_the_name_stays_and_says_so(tmp_path: Path) -> None:
+    proposal = propose(job_on(tmp_path, "acme/tiny"))
+    assert proposal.job.spec.model.revision is None
+    assert "not pinned: model acme/tiny: the hub does not answer" in proposal.summary["model"]
+
+
+def test_an_output_of_an_earlier_dray_stays_unpinned(tmp_path: Path) -> None:
+    job = job_on(tmp_path, "acme/tiny")
+    assert pinned(job, {"spec": {}}) is job
+
+
+def test_what_was_pulled_from_the_hub_is_used_offline(tiny: Path, tmp_path: Path) -> None:
+    folder, manifest = pull(str(tiny))
+    as_hub = Manifest(source="acme/tiny", revision="c" * 40, asked=None, files=manifest.files, pulled_at=1.0)
+    (folder / MANIFEST).write_bytes(as_hub.to_json())
+    assert read_manifest(folder) == as_hub
+    found = cached_model("acme/tiny", asked=None)
+    assert found is not None
+    assert found[0] == folder
+    assert local_model(ModelSettings(source="acme/tiny"), weights=True).source == str(folder)

@@ -1,0 +1,131 @@
+"""The platform's policy: what it refuses when a job is loaded, and that it fails closed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.loading import load
+from jobs.policy import check_pool
+from pipelines.errors import SpecError
+from pipelines.policy import check_model_allowed
+from pipelines.settings import ModelSettings, PoolSettings
+
+SHA = "4f0cbb2ad1b7a9f7c1c1d1a8e6a1f0b2c3d4e5f6"
+
+
+@pytest.fixture
+def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    path = tmp_path / "policy.yaml"
+    monkeypatch.setenv("DRAY_POLICY", str(path))
+    return path.write_text
+
+
+def job(**sections: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "name": "test",
+        "input": {"path": "/data/in"},
+        "prompt": {"template": "{{ q }}"},
+        "model": {"source": "Qwen/Qwen2.5-0.5B-Instruct"},
+        "output": {"path": "/data/out"},
+    }
+    return {**base, **{name: {**base.get(name, {}), **section} for name, section in sections.items()}}
+
+
+def refusal(settings: dict[str, Any]) -> str:
+    with pytest.raises(SpecError) as caught:
+        load(settings)
+    return str(caught.value)
+
+
+def test_without_a_policy_anything_but_a_models_own_code_is_allowed() -> None:
+    load(job())
+    said = refusal(job(model={"source": "acme/own", "revision": SHA, "engine": {"trust_remote_code": True}}))
+    assert "model.engine.trust_remote_code" in said
+    assert "DRAY_POLICY" in said
+
+
+def test_only_allowed_sources_wherever_a_job_names_them(policy: Any) -> None:
+    policy("models: {allow: ['Qwen/*', 's3://models/*']}")
+    load(job())
+    load(job(model={"source": "s3://models/tiny"}))
+    assert "model.source: acme/m is not allowed here" in refusal(job(model={"source": "acme/m"}))
+    assert "model.tokenizer: acme/t" in refusal(job(model={"tokenizer": "acme/t"}))
+    assert "model.lora.source: acme/l" in refusal(job(model={"lora": {"source": "acme/l"}}))
+    drafter = {"speculative_config": {"model": "acme/d", "num_speculative_tokens": 3}}
+    assert "speculative_config.model: acme/d" in refusal(job(model={"engine": drafter}))
+
+
+def test_own_code_of_that_very_source_and_revision_only(policy: Any) -> None:
+    policy(f"models: {{trust_remote_code: [{{source: acme/own, revision: {SHA}}}]}}")
+    trusting = {"engine": {"trust_remote_code": True}}
+    load(job(model={"source": "acme/own", "revision": SHA, **trusting}))
+    for source, revision in (("acme/own", None), ("acme/own", "main"), ("acme/other", SHA)):
+        given = {"source": source, **({"revision": revision} if revision else {}), **trusting}
+        assert "may not run code of its own" in refusal(job(model=given))
+    code = {"engine": {"trust_remote_code": True, "code_revision": "main"}}
+    assert "code_revision" in refusal(job(model={"source": "acme/own", "revision": SHA, **code}))
+    assert "model.tokenizer" in refusal(
+        job(model={"source": "acme/own", "revision": SHA, "tokenizer": "acme/t", **trusting})
+    )
+
+
+def test_an_entry_without_revision_is_for_local_folders_only(policy: Any, tmp_path: Path) -> None:
+    policy(f"models: {{trust_remote_code: [{{source: {tmp_path}}}, {{source: acme/own}}]}}")
+    load(job(model={"source": str(tmp_path), "engine": {"trust_remote_code": True}}))
+    said = refusal(job(model={"source": "acme/own", "engine": {"trust_remote_code": True}}))
+    assert "may not run code of its own" in said
+
+
+def test_the_pool_is_held_to_its_size_also_when_auto_is_settled(policy: Any) -> None:
+    policy("pool: {max_engines: 4, max_gpus: 4}")
+    load(job(pool={"replicas": 4}))
+    assert "5 engines" in refusal(job(pool={"replicas": 5}))
+    assert "8 engines" in refusal(job(pool={"replicas": {"min": 1, "max": 8}}))
+    two = job(
+        pool={"replicas": 3, "device": "gpu", "engines_per_gpu": 1},
+        model={"engine": {"tensor_parallel_size": 2}},
+    )
+    assert "6 GPUs" in refusal(two)
+    automatic = load(job(pool={"replicas": "auto"})).spec
+    check_pool(automatic, PoolSettings(replicas=4, engines_per_gpu=2))
+    with pytest.raises(SpecError, match="16 engines"):
+        check_pool(automatic, PoolSettings(replicas=16, engines_per_gpu=2))
+
+
+@pytest.mark.parametrize(
+    "path", ["/data/out2", "/data/outer/x", "/data/out/../x", "s3://team-other/x", "s3://team/../x"]
+)
+def test_outputs_elsewhere_are_refused(policy: Any, path: str) -> None:
+    policy("outputs: {allow: [/data/out/, s3://team]}")
+    load(job())
+    load(job(output={"path": "s3a://team/deep/er"}))
+    assert "output.path" in refusal(job(output={"path": path}))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models: {alow: []}", "models.alow"),
+        ("models: [", "cannot be read"),
+        ("- a", "DRAY_POLICY"),
+        ("pool: {max_engines: many}", "pool.max_engines"),
+    ],
+)
+def test_a_policy_that_is_not_understood_allows_nothing(policy: Any, text: str, said: str) -> None:
+    policy(text)
+    assert said in refusal(job())
+
+
+def test_a_policy_that_is_not_there_allows_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DRAY_POLICY", str(tmp_path / "gone.yaml"))
+    assert "there is no such file" in refusal(job())
+
+
+def test_a_worker_asks_its_own_policy(policy: Any) -> None:
+    policy("models: {allow: ['Qwen/*']}")
+    check_model_allowed(ModelSettings(source="Qwen/x"))
+    with pytest.raises(SpecError, match="not allowed here"):
+        check_model_allowed(ModelSettings(source="acme/x"))
