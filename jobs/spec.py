@@ -13,6 +13,7 @@ import pyarrow as pa
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from jobs.places import overlap
+from jobs.schedule import ScheduleSettings
 from pipelines.contracts import LOGPROBS_FIELD, RESULT_FIELDS
 from pipelines.engine_args import check_engine_args
 from pipelines.errors import ModelError, SpecError
@@ -91,6 +92,8 @@ class JobSpec(Settings):
     """Which Ray cluster runs the job."""
     cost: CostSettings = CostSettings()
     """What the job's GPUs cost."""
+    schedule: ScheduleSettings | None = None
+    """When the job runs by itself."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> JobSpec:
