@@ -30,7 +30,7 @@ def main() -> None:
     """Run one prompt job over a whole dataset."""
 
 
-def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
+def command(name: str, group: click.Group = main) -> Callable[[Callable[..., Any]], click.Command]:
     """A command with the options that all share, and with Dray's errors and exit codes."""
 
     def wrap(function: Callable[..., Any]) -> click.Command:
@@ -48,7 +48,7 @@ def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
                 unexpected = JobError(f"unexpected {type(error).__name__}: {error} (--debug shows where)")
                 fail(unexpected.with_traceback(error.__traceback__), as_json=as_json, debug=debug)
 
-        return main.command(name)(guarded)
+        return group.command(name)(guarded)
 
     return wrap
 
