@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any
@@ -10,7 +13,9 @@ import click
 from rich.markup import escape
 
 from jobs.command import command, job_arguments, main, show, stderr
+from pipelines import __version__
 from pipelines.errors import SpecError
+from pipelines.storage import locate
 
 
 @main.group("schedule")
@@ -76,3 +81,48 @@ def _job_file(target: str, overrides: tuple[str, ...]) -> Any:
 
 def _tell(line: str) -> None:
     stderr.print(escape(line))
+
+
+@command("export")
+@click.argument("scheduler", type=click.Choice(["airflow", "dagster", "cron", "kubernetes"]))
+@job_arguments
+@click.option("-o", "--out", metavar="FILE", help="Where to write; default: stdout.")
+@click.option(
+    "--dray", metavar="PROGRAM", help="How to call Dray there; default: dray, for cron its full path."
+)
+@click.option("--folder", metavar="FOLDER", help="Where to run it there; default: this one.")
+@click.option("--image", default=f"dray:{__version__}", show_default=True, help="For kubernetes.")
+def export(
+    scheduler: str,
+    target: str,
+    overrides: tuple[str, ...],
+    out: str | None,
+    dray: str | None,
+    folder: str | None,
+    image: str,
+    as_json: bool,
+) -> None:
+    """Write a job's schedule as an Airflow DAG, a Dagster definition, crontab lines or a Kubernetes CronJob."""
+    from jobs.export import EXPORTS, Call
+
+    call = Call(
+        target=target,
+        overrides=overrides,
+        dray=dray or (_program() if scheduler == "cron" else "dray"),
+        folder=folder or os.getcwd(),
+        image=image,
+        today=datetime.now(UTC),
+    )
+    text = EXPORTS[scheduler](_job_file(target, overrides), call)
+    if out is None and not as_json:
+        click.echo(text, nl=False)
+        return
+    if out is not None:
+        storage, name = locate(out)
+        storage.write(name, text.encode())
+    show({"scheduler": scheduler, "file": out, "text": text}, f"{out}: written", as_json=as_json)
+
+
+def _program() -> str:
+    """The path of `dray`; cron's PATH is short."""
+    return shutil.which(sys.argv[0]) or shutil.which("dray") or "dray"

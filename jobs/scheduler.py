@@ -30,7 +30,7 @@ from jobs.lock import OutputLock
 from jobs.schedule import ScheduleSettings
 from jobs.schedule_log import By, ScheduleLog
 from pipelines.code import code_path
-from pipelines.errors import Interrupted, JobError, OutputLocked, SpecError
+from pipelines.errors import Interrupted, OutputLocked, SpecError
 
 #: A time that is older than this when it is seen was missed: this process, or the machine, was not there for it.
 MISSED_S = 60.0
