@@ -54,7 +54,7 @@ def cron_job(job: LoadedJob, schedule: ScheduleSettings, image: str) -> str:
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": name, "labels": labels},
-        "data": {"job.yaml": yaml.safe_dump(_without_extends(job.raw), sort_keys=False, allow_unicode=True)},
+        "data": {"job.yaml": yaml.dump(_without_extends(job.raw), Dumper=_Plain, **_STYLE)},
     }
     cron = {
         "apiVersion": "batch/v1",
@@ -74,8 +74,21 @@ def cron_job(job: LoadedJob, schedule: ScheduleSettings, image: str) -> str:
         },
     }
     header = _HEADER.format(name=job.spec.name, secret=name)
-    documents = yaml.safe_dump_all([config, cron], sort_keys=False, allow_unicode=True, explicit_start=True)
-    return header + documents
+    return header + yaml.dump_all([config, cron], Dumper=_Plain, explicit_start=True, **_STYLE)
+
+
+class _Plain(yaml.SafeDumper):
+    """Without anchors, and texts of several lines as blocks."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+
+_Plain.add_representer(str, _Plain.represent_str)
+_STYLE: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 110}
 
 
 def _without_extends(raw: dict[str, Any]) -> dict[str, Any]:
