@@ -91,7 +91,7 @@ def _tell(line: str) -> None:
     "--dray", metavar="PROGRAM", help="How to call Dray there; default: dray, for cron its full path."
 )
 @click.option("--folder", metavar="FOLDER", help="Where to run it there; default: this one.")
-@click.option("--image", default=f"dray:{__version__}", show_default=True, help="For kubernetes.")
+@click.option("--image", metavar="IMAGE", help="For kubernetes; default: dray with this version's tag.")
 def export(
     scheduler: str,
     target: str,
@@ -99,7 +99,7 @@ def export(
     out: str | None,
     dray: str | None,
     folder: str | None,
-    image: str,
+    image: str | None,
     as_json: bool,
 ) -> None:
     """Write a job's schedule as an Airflow DAG, a Dagster definition, crontab lines or a Kubernetes CronJob."""
@@ -110,7 +110,7 @@ def export(
         overrides=overrides,
         dray=dray or (_program() if scheduler == "cron" else "dray"),
         folder=folder or os.getcwd(),
-        image=image,
+        image=image or f"dray:{__version__}",
         today=datetime.now(UTC),
     )
     text = EXPORTS[scheduler](_job_file(target, overrides), call)
