@@ -74,7 +74,8 @@ def cron_job(job: LoadedJob, schedule: ScheduleSettings, image: str) -> str:
         },
     }
     header = _HEADER.format(name=job.spec.name, secret=name)
-    return header + yaml.dump_all([config, cron], Dumper=_Plain, explicit_start=True, **_STYLE)
+    documents: str = yaml.dump_all([config, cron], Dumper=_Plain, explicit_start=True, **_STYLE)
+    return header + documents
 
 
 class _Plain(yaml.SafeDumper):

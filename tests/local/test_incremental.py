@@ -23,7 +23,7 @@ from tests.local.runs import DRAY, ROOT, job, rows_of, write_questions
 pytestmark = pytest.mark.timeout(240)
 
 
-def test_three_days_out_of_order_with_a_crash(tmp_path: Path, ray_cluster: None) -> None:
+def test_three_days_out_of_order_with_a_crash(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     asked = write_questions(tmp_path / "all", rows=240)
 
     def arrive(day: int, name: str, first: int, rows: int) -> None:
@@ -63,6 +63,7 @@ def test_three_days_out_of_order_with_a_crash(tmp_path: Path, ray_cluster: None)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     assert not (out / "data/_SUCCESS").exists()
+    request.getfixturevalue("ray_cluster")  # not beside the driver's own
 
     # Day 2's data is late: the day's run finds day 3's instead, and what the crash has left.
     arrive(3, "c.parquet", 80, 60)
