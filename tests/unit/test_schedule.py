@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -14,8 +15,11 @@ from pydantic import ValidationError
 
 from jobs.fingerprint import fingerprint, identity
 from jobs.loading import LoadedJob, load
+from jobs.output import claim
 from jobs.schedule import ScheduleSettings, id_of, moment_of, parse_moment, variables_of
+from jobs.target import job_of
 from pipelines.errors import SpecError
+from pipelines.storage import Storage
 
 #: Clocks that change at 01:00 UTC, at 02:00, at midnight, by half an hour, and never.
 ZONES = (
@@ -154,6 +158,22 @@ def test_neither_the_date_nor_the_schedule_is_part_of_the_fingerprint() -> None:
     assert first.spec.prompt.system != second.spec.prompt.system
     assert len({fingerprint(identity(job)) for job in (first, second, other)}) == 1
     assert fingerprint(identity(daily(sampling={"temperature": 0}))) != fingerprint(identity(first))
+
+
+def test_an_output_of_one_date_keeps_it(tmp_path: Path) -> None:
+    def claimed(path: str) -> str:
+        made = daily("2026-11-22", output={"path": f"{tmp_path}/{path}"})
+        storage, covered = Storage(made.spec.output.path), identity(made)
+        claim(storage, made, fingerprint(covered), covered)
+        return storage.root
+
+    dated = claimed("dated/${run.date}")
+    assert dated.endswith("/dated/2026-11-22")
+    assert job_of(dated).spec.input.path == "s3://b/in/date=2026-11-22/hour=00/"
+    with pytest.raises(SpecError, match="is the output of 2026-11-22"):
+        job_of(dated, date="2026-11-23")
+    growing = claimed("growing")
+    assert job_of(growing, date="2026-11-23T07:00").spec.input.path == "s3://b/in/date=2026-11-23/hour=07/"
 
 
 @pytest.mark.parametrize("text", ["yesterday", "2026-13-01", "22.11.2026", "2026-11-22T25:00", ""])
