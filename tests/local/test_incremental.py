@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -60,8 +61,12 @@ def test_three_days_out_of_order_with_a_crash(tmp_path: Path, request: pytest.Fi
     while not parts():
         assert driver.poll() is None, "the driver ended before it could be killed"
         time.sleep(0.05)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    agents = [process for process in family if "agent" in " ".join(process.cmdline()).lower()]
     driver.send_signal(signal.SIGKILL)
     driver.wait()
+    for agent in agents:  # Ray leaves them behind (2.60)
+        agent.kill()
     assert not (out / "data/_SUCCESS").exists()
     request.getfixturevalue("ray_cluster")  # not beside the driver's own
 
