@@ -97,13 +97,21 @@ def run_job(job: LoadedJob, **how: Any) -> Report:
 
 @command("run")
 @job_arguments
+@click.option("--date", metavar="DATE", help="What ${run.date} and the like are of; default: now.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("--run-id", hidden=True)
-def run(target: str, overrides: tuple[str, ...], quiet: bool, run_id: str | None, as_json: bool) -> None:
+def run(
+    target: str,
+    overrides: tuple[str, ...],
+    date: str | None,
+    quiet: bool,
+    run_id: str | None,
+    as_json: bool,
+) -> None:
     """Run a job, or what is left of it. New input files are taken up."""
     from jobs.target import job_of
 
-    job = job_of(target, overrides)
+    job = job_of(target, overrides, date)
     to_the_end(functools.partial(run_job, job), quiet=quiet, as_json=as_json, run_id=run_id)
 
 
@@ -338,7 +346,7 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
         sys.exit(1)
 
 
-from jobs import cli_models  # noqa: E402,F401
+from jobs import cli_models, cli_schedule  # noqa: E402,F401
 
 if __name__ == "__main__":
     main(prog_name=Path(sys.argv[0]).name)

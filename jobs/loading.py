@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import yaml
 from pydantic import ValidationError
@@ -22,6 +23,7 @@ from jobs.job_file import Key, Origin, Tree, parse_value, read_job_file, shown, 
 from jobs.mistakes import accepts, allows_null, describe, field_at
 from jobs.policy import check_job
 from jobs.references import MASK, References, is_one_reference, is_secret_name, masked, references_in
+from jobs.schedule import parse_moment, variables_of
 from jobs.spec import JobSpec
 from pipelines.errors import SpecError
 from pipelines.wording import printable
@@ -64,13 +66,16 @@ def load(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     variables: Mapping[str, str] | None = None,
     *,
+    date: str | None = None,
     directory: str | os.PathLike[str] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> LoadedJob:
     """Load and validate a job file, or the same as a mapping.
 
-    `overrides` are `key.of.it=value` with YAML values, or a mapping from dotted keys to values. `variables` are the
-    run variables by name, `{"date": "2026-11-01"}` for `${run.date}`; `date` (today, UTC) and `id` have defaults.
+    `overrides` are `key.of.it=value` with YAML values, or a mapping from dotted keys to values. `date` (`2026-11-22`,
+    `2026-11-22T02:00`; by default now) is the time that the run variables `date`, `hour`, `datetime` and `id` are of,
+    in the zone of `schedule.timezone` (in `extends`, which is read first, in UTC). `variables` are more of them, or
+    others for these: `{"shop": "north"}` for `${run.shop}`.
     Relative paths of data and models are relative to `directory`, by default the working directory, as for every
     other command; those of `extends` to the file that names them. What the platform's policy (`DRAY_POLICY`) forbids is
     refused here.
@@ -78,8 +83,10 @@ def load(
     Raises SpecError with one line for each mistake: file and line, key, what was given, what is allowed.
     """
     base = Path(os.path.abspath(directory or os.getcwd()))
-    run = _run_variables(variables or {})
-    references = References(os.environ if environ is None else environ, run)
+    env = os.environ if environ is None else environ
+    given = {name.removeprefix("run."): str(value) for name, value in (variables or {}).items()}
+    now = datetime.now(UTC)
+    references = References(env, {**_run_variables(date, now, ZoneInfo("UTC")), **given})
 
     def fill_extends(text: str, key: Key, origin: Origin) -> str:
         try:
@@ -95,6 +102,8 @@ def load(
         name = shown(path)
         tree = read_job_file(path, fill_extends)
     tree = _overridden(tree, overrides)
+    run = {**_run_variables(date, now, _zone_of(tree, references)), **given}
+    references = References(env, run)
 
     problems: list[str] = []
     values = _filled(tree, references, name, problems)
@@ -131,10 +140,18 @@ def _refuse(problems: list[str]) -> None:
         raise SpecError("\n".join(lines))
 
 
-def _run_variables(given: Mapping[str, str]) -> dict[str, str]:
-    now = datetime.now(UTC)
-    defaults = {"date": now.date().isoformat(), "id": now.strftime("%Y%m%dT%H%M%SZ")}
-    return {**defaults, **{name.removeprefix("run."): str(value) for name, value in given.items()}}
+def _run_variables(date: str | None, now: datetime, zone: ZoneInfo) -> dict[str, str]:
+    return variables_of(now.astimezone(zone) if date is None else parse_moment(date, zone))
+
+
+def _zone_of(tree: Tree, references: References) -> ZoneInfo:
+    """`schedule.timezone`, before anything is validated; UTC for what is no zone, which validation will say."""
+    schedule = tree.values.get("schedule")
+    name = schedule.get("timezone") if isinstance(schedule, dict) else None
+    try:
+        return ZoneInfo(references.fill(name)) if isinstance(name, str) else ZoneInfo("UTC")
+    except (SpecError, ValueError, OSError, KeyError):
+        return ZoneInfo("UTC")
 
 
 # ── Overrides ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,6 +14,7 @@ from jobs.books import SUCCESS, Books
 from jobs.fingerprint import explain_difference
 from jobs.loading import LoadedJob
 from jobs.pinning import PIN
+from jobs.references import references_in
 from jobs.report import Report, percentiles, seconds
 from pipelines import __version__
 from pipelines.contracts import FORMAT_VERSION
@@ -74,6 +75,8 @@ def claim(storage: Storage, job: LoadedJob, fingerprint: str, identity: Mapping[
         "identity": identity,
         "spec": job.raw,
         PIN: job.pin,
+        # Each date has an output of its own then, and whoever resumes it later must not fill in another one.
+        "variables": job.variables if references_in(job.raw["output"]["path"], "run") else None,
     }
     check_claim(storage, fingerprint, identity)
     storage.create(SPEC, json.dumps(record, indent=1, sort_keys=True).encode())

@@ -13,6 +13,7 @@ import pyarrow as pa
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from jobs.places import overlap
+from jobs.schedule import ScheduleSettings
 from pipelines.contracts import LOGPROBS_FIELD, RESULT_FIELDS
 from pipelines.engine_args import check_engine_args
 from pipelines.errors import ModelError, SpecError
@@ -106,6 +107,8 @@ class JobSpec(Settings):
     """What the job's GPUs cost."""
     report: ReportSettings = ReportSettings()
     """What reports may show."""
+    schedule: ScheduleSettings | None = None
+    """When the job runs by itself."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> JobSpec:

@@ -5,6 +5,7 @@ Write it anew with `python -m tests.golden.test_cli_surface`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -18,12 +19,18 @@ GOLDEN = Path(__file__).with_name("cli.txt")
 def surface() -> str:
     """The help of every command, as a terminal of 100 columns shows it."""
     runner = CliRunner()
-    texts = [runner.invoke(main, ["--help"], prog_name="dray", terminal_width=100).output]
-    texts += [
-        runner.invoke(main, [name, "--help"], prog_name="dray", terminal_width=100).output
-        for name in sorted(main.list_commands(click.Context(main)))
-    ]
-    return "\n".join(texts)
+    paths = [[], *_below(main, [])]
+    return "\n".join(
+        runner.invoke(main, [*path, "--help"], prog_name="dray", terminal_width=100).output for path in paths
+    )
+
+
+def _below(group: click.Group, path: list[str]) -> Iterator[list[str]]:
+    """The names that lead to each command of a group, and to those of groups in it."""
+    for name, command in sorted(group.commands.items()):
+        yield [*path, name]
+        if isinstance(command, click.Group):
+            yield from _below(command, [*path, name])
 
 
 def test_the_command_line_is_as_it_was() -> None:
