@@ -12,6 +12,7 @@ from typing import Annotated
 import pyarrow as pa
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from jobs.limits import BudgetSettings
 from jobs.places import overlap
 from pipelines.contracts import LOGPROBS_FIELD, RESULT_FIELDS
 from pipelines.engine_args import check_engine_args
@@ -91,6 +92,8 @@ class JobSpec(Settings):
     """Which Ray cluster runs the job."""
     cost: CostSettings = CostSettings()
     """What the job's GPUs cost."""
+    budget: BudgetSettings = BudgetSettings()
+    """How much the job may use before a run stops."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> JobSpec:
