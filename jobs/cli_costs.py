@@ -7,7 +7,7 @@ import os
 import click
 from rich.markup import escape
 
-from jobs.command import command, show, stderr
+from jobs.command import command, job_arguments, show, stderr
 from pipelines.errors import SpecError
 
 
@@ -41,3 +41,29 @@ def list_runs(
         warn=lambda line: stderr.print(f"[yellow]warning:[/] {escape(line)}"),
     )
     show(to_dict(runs), render(runs), as_json=as_json)
+
+
+@command("estimate")
+@job_arguments
+@click.option(
+    "--rows", type=click.IntRange(min=1), default=200, show_default=True, help="How many to sample."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Which rows are drawn.")
+def estimate(target: str, overrides: tuple[str, ...], rows: int, seed: int, as_json: bool) -> None:
+    """Answer a random sample, and say what the whole job will take: tokens, time, GPU hours, cost. Writes nothing."""
+    from jobs.console import chatter_to, log_folder
+    from jobs.estimate import estimate as estimate_job
+    from jobs.ledger import new_run_id
+    from jobs.stopping import StopRequest
+    from jobs.target import job_of
+    from pipelines.errors import DrayError
+
+    job = job_of(target, overrides)
+    log = log_folder() / f"estimate-{new_run_id()}.log"
+    try:
+        with StopRequest().on_signals(), chatter_to(log):
+            found = estimate_job(job, rows=rows, seed=seed)
+    except DrayError:
+        stderr.print(f"log: {log}")
+        raise
+    show(found.to_dict(), found.render(), as_json=as_json)

@@ -94,8 +94,8 @@ def _alive(record: dict[str, Any]) -> str:
 
     Of a process on another machine the lock's counter tells: it moves with every heartbeat.
     """
-    storage = Storage(record["output"], patience_s=_PATIENCE_S)
     try:
+        storage = Storage(record["output"], patience_s=_PATIENCE_S)
         holder = held_by(storage)
         if holder is None or holder.run_id != record["run_id"] or holder.is_dead():
             return "lost"
