@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-#: Resamples; the 2.5 % points of 2,000 are steady to a few percent of the half-width.
-_RESAMPLES = 2000
+#: Resamples; the 2.5 % points of 1,000 are steady to some 5 % of the half-width.
+_RESAMPLES = 1000
 _CHUNK = 100
 _Z = 1.96
 #: Student's t, 97.5 %, by degrees of freedom: for means of a few windows.
@@ -74,7 +74,8 @@ def _resampled_t(
 
 
 def share_of(count: int, n: int, population: int) -> Interval:
-    """Share of a population, `count` of a sample of `n`: Wilson's score interval with the finite-population correction.
+    """Share of a population, `count` of a sample of `n`: Wilson's score interval with the finite-population correction, and
+    with half a count of continuity correction at each end (without, 4 of 200 lay within in 88 % of samples).
 
     https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval#Wilson_score_interval
     """
@@ -82,9 +83,14 @@ def share_of(count: int, n: int, population: int) -> Interval:
     if n >= population:
         return Interval(share, share, share)
     z2 = _Z**2 * (1 - n / population)
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+
+    def end(share: float, side: int) -> float:
+        middle = share + z2 / (2 * n)
+        return (middle + side * math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))) / (1 + z2 / n)
+
+    low = end((count - 0.5) / n, -1) if count else 0.0
+    high = end((count + 0.5) / n, 1) if count < n else 1.0
+    return Interval(share, low, high)
 
 
 def mean_of_windows(values: npt.NDArray[np.float64]) -> Interval:

@@ -58,19 +58,18 @@ def spec_of(tmp_path: Path, **sections: Any) -> dict[str, Any]:
     )
 
 
-def drawn(tmp_path: Path, count: int, seed: int, **sections: Any) -> RowSample:
+def drawn(tmp_path: Path, count: int, *seeds: int, **sections: Any) -> list[RowSample]:
     made = load(spec_of(tmp_path, **sections))
     files = list_files(made.spec.input, needed_columns(made.spec))
     work = work_of(made, input_schema(made.spec, files), fingerprint="", run_id="t")
-    return sample_rows(files, work, count, seed)
+    return [sample_rows(files, work, count, seed) for seed in seeds]
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "jsonl.gz"])
 def test_every_row_is_as_likely_as_any_other(tmp_path: Path, form: str) -> None:
     write_skewed(tmp_path / "in", form)
     seen: Counter[int] = Counter()
-    for seed in range(60):
-        sample = drawn(tmp_path, 90, seed)
+    for sample in drawn(tmp_path, 90, *range(60)):
         numbers = sample.table["number"].to_pylist()
         assert len(set(numbers)) == len(numbers) == sample.drawn == 90
         assert sample.population == sample.rows_read == ROWS
@@ -85,7 +84,7 @@ def test_every_row_is_as_likely_as_any_other(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
 def test_filtered_rows_count_for_the_population_only(tmp_path: Path, form: str) -> None:
     write_skewed(tmp_path / "in", form)
-    sample = drawn(tmp_path, 200, 1, input={"path": str(tmp_path / "in"), "filter": "lang == 'en'"})
+    (sample,) = drawn(tmp_path, 200, 1, input={"path": str(tmp_path / "in"), "filter": "lang == 'en'"})
     assert set(sample.table["lang"].to_pylist()) == {"en"}
     assert sample.rows_read == ROWS
     if form == "parquet":  # drawn before the filter is looked at
