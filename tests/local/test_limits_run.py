@@ -9,13 +9,13 @@ import pytest
 
 from jobs import load, run
 from jobs.estimate import estimate
-from jobs.inspect import verify
+from jobs.inspect import report_of, verify
 from jobs.ledger import read_runs
 from jobs.shared_ledger import LEDGER_VARIABLE
 from jobs.team_runs import team_runs
 from pipelines.errors import LimitReached
 from pipelines.storage import Storage
-from tests.local.runs import REAL, job, rows_of, write_questions
+from tests.local.runs import REAL, dray, job, rows_of, write_questions
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(240)]
 
@@ -51,11 +51,12 @@ def test_output_tokens_count_over_all_runs(tmp_path: Path, monkeypatch: pytest.M
         run(load(spec, limited))
     assert len(rows_of(tmp_path / "out")) == first.usage.rows
 
-    report = run(load(spec, ["model.simulated.tokens_per_s=100000"]))
-    assert report.state == "complete"
+    more = ["budget.max_output_tokens=null", "model.simulated.tokens_per_s=100000"]
+    resumed = dray("resume", str(tmp_path / "out"), *more)
+    assert resumed.returncode == 0, resumed.stderr
     assert verify(out, deep=True)["ok"]
     runs = read_runs(out)
-    assert sum(one.usage.output_tokens for one in runs if one.usage) == report.stats.completion_tokens
+    assert sum(one.usage.output_tokens for one in runs if one.usage) == report_of(out).stats.completion_tokens
     shared = team_runs(Storage(str(tmp_path / "ledger")))
     assert [one.state for one in shared] == ["succeeded", "interrupted", "interrupted"]
     assert [one.usage for one in reversed(shared)] == [one.usage for one in runs]
