@@ -164,7 +164,10 @@ def render(runs: list[TeamRun]) -> RenderableType:
     ):
         right = title in ("took", "rows", "tokens in / out", "GPU h", "cost")
         table.add_column(
-            title, justify="right" if right else "left", overflow="fold" if title == "output" else "ellipsis"
+            title,
+            justify="right" if right else "left",
+            overflow="fold" if title == "output" else "ellipsis",
+            min_width=11 if title == "state" else None,
         )
     for run in runs:
         usage = run.usage
