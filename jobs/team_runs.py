@@ -167,7 +167,7 @@ def render(runs: list[TeamRun]) -> RenderableType:
             title,
             justify="right" if right else "left",
             overflow="fold" if title == "output" else "ellipsis",
-            min_width=11 if title == "state" else None,
+            min_width={"state": 11, "job": 12}.get(title),
         )
     for run in runs:
         usage = run.usage
