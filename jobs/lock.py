@@ -76,9 +76,13 @@ class Holder:
         except (ValueError, KeyError, TypeError):
             return None
 
+    def is_here(self) -> bool:
+        """Whether the process is one of this machine, so that it can be seen from here."""
+        return bool(self.machine) and (self.host, self.machine) == (socket.gethostname(), _machine())
+
     def is_dead(self) -> bool:
         """Whether the process certainly is gone: it ran on this machine and no longer does."""
-        if not self.machine or (self.host, self.machine) != (socket.gethostname(), _machine()):
+        if not self.is_here():
             return False
         return _process_started(self.pid) not in (self.pid_started, _HIDDEN)
 

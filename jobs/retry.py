@@ -28,6 +28,7 @@ from jobs.pinning import pinned
 from jobs.proposal import checked_identity, work_of
 from jobs.report import Report
 from jobs.runner import Driver, Observer, Progress
+from jobs.shared_ledger import announcer
 from jobs.spec import check_against_schema
 from jobs.stopping import StopRequest
 from pipelines.attempts import clear_attempts
@@ -83,9 +84,9 @@ def retry_failed(
         storage, run_id, notify=lambda line: observer(Progress(phase="waiting", note=line))
     ) as lock:
         retry = Retry(error_codes=codes, fingerprint=fingerprint(identity))
-        with Ledger(storage, run_id).recorded(
+        with Ledger(storage, run_id, announcer(job, storage)).recorded(
             "retry-failed", fingerprint=retry.fingerprint, error_codes=codes, spec=job.raw
-        ):
+        ) as ended:
             _, plan = opened(storage)  # as it is now that nobody else extends it
             work = work_of(job, plan.input_schema, fingerprint=plan.fingerprint, run_id=run_id)
             books = fold(storage, plan)
@@ -94,6 +95,7 @@ def retry_failed(
             work = replace(work, retry=retry, pool=_filling(job, len(parts), rows))
             driver = _RetryDriver(job, storage, plan, work, observer, lock, stop or StopRequest())
             driver.take_on(parts, rows)
+            ended.usage = driver.usage
             return driver.to_the_end()
 
 
@@ -139,6 +141,7 @@ class _RetryDriver(Driver):
         # No word from the error window: that rows fail again is no news. The end judges the whole output.
         merged = footer.retry_by(self.work.run_id)
         if merged is not None:
+            self.meter.take(merged.provenance)
             self._count(footer.shard, merged.stats)
 
     def _finish(self, *, strict: bool = True) -> Report:

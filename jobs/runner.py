@@ -22,12 +22,15 @@ from jobs.budget import ErrorBudget
 from jobs.cluster import settle
 from jobs.connection import connected
 from jobs.ledger import Ledger, new_run_id, read_runs
+from jobs.limits import Limits
 from jobs.loading import LoadedJob
 from jobs.lock import OutputLock
+from jobs.metering import Meter, Usage
 from jobs.output import succeed, write_card, write_stats
 from jobs.planning import Plan
 from jobs.proposal import propose, work_of
 from jobs.report import Report, make_report
+from jobs.shared_ledger import announcer
 from jobs.stopping import StopRequest
 from pipelines.attempts import clear_attempts
 from pipelines.contracts import Shard, ShardStats, Work
@@ -90,8 +93,8 @@ def run(
 
     Raises:
         BadInput: nothing was started.
-        ErrorBudgetSpent, JobIncomplete, EngineStartError, OutputLocked, Interrupted: committed shards stay; running
-            again takes up the rest.
+        ErrorBudgetSpent, LimitReached, JobIncomplete, EngineStartError, OutputLocked, Interrupted: committed shards
+            stay; running again takes up the rest.
     """
     run_id = run_id or new_run_id()
     storage = Storage(job.spec.output.path, job.spec.output.storage_options)
@@ -108,11 +111,13 @@ def run(
     ) as lock:
         plan = proposal.save()
         command = "run" if relist else "resume"
-        with Ledger(storage, run_id).recorded(
+        with Ledger(storage, run_id, announcer(job, storage)).recorded(
             command, fingerprint=plan.fingerprint, shards=len(plan.shards), spec=job.raw
-        ):
+        ) as ended:
             work = work_of(job, plan.input_schema, fingerprint=plan.fingerprint, run_id=run_id)
-            return Driver(job, storage, plan, work, observer, lock, stop or StopRequest()).to_the_end()
+            driver = Driver(job, storage, plan, work, observer, lock, stop or StopRequest())
+            ended.usage = driver.usage
+            return driver.to_the_end()
 
 
 #: Seconds beyond `errors.shutdown_grace_s` for the last commits, before the driver stops waiting.
@@ -155,6 +160,8 @@ class Driver:
         self.rows_total = None if None in rows else sum(n for n in rows if n is not None)
         self.rows_before = sum(shard.rows or 0 for shard in plan.shards if shard.id in self.done)
         self.budget = ErrorBudget(work.errors, self.rows_total, storage.url())
+        self.limits = Limits(job.spec.budget, storage.url())
+        self.meter = Meter(work.run_id)
 
     def to_the_end(self) -> Report:
         pending = self._pending()
@@ -175,10 +182,32 @@ class Driver:
             pool, resources = settle(self.job.spec)
             in_flight = self.work.pool.shards_in_flight  # a retry has its own
             self.work = replace(self.work, pool=pool.model_copy(update={"shards_in_flight": in_flight}))
+            self._check_limits(resources)
             pass_ = 0
             while pending:
-                self._pass(pending, resources, pass_)
+                self.meter.begin(
+                    gpus_per_engine=resources.num_gpus, least=pool.least_engines, most=pool.most_engines
+                )
+                try:
+                    self._pass(pending, resources, pass_)
+                finally:
+                    self.meter.end()
                 pending, pass_ = self._pending(), pass_ + 1
+
+    def _check_limits(self, resources: EngineResources) -> None:
+        """Raise LimitReached where the output's earlier runs, or the clock, leave this one nothing."""
+        if self.limits.count_earlier:
+            parts = fold(self.storage, self.plan).parts
+            self.limits.add_earlier(
+                parts, read_runs(self.storage), self.work.run_id, gpus_per_engine=resources.num_gpus
+            )
+        reached = self.limits.reached(0, 0.0)
+        if reached is not None:
+            raise reached
+
+    def usage(self) -> Usage:
+        """What this run has done and used so far."""
+        return Usage.of(self.stats, self.meter.gpu_s, self.job.spec.cost.gpu_hour_usd)
 
     def _left(self) -> list[Shard]:
         """Planned shards without a part, by a fresh listing."""
@@ -280,6 +309,8 @@ class Driver:
             self.stop.ask(f"cancelled by {self.lock.cancelled_by}")
         if self.stop.reason and self.ending is None:
             self.ending = Interrupted(self.stop.reason)
+        if self.ending is None:
+            self.ending = self.limits.reached(self.stats.completion_tokens, self.meter.gpu_s)
 
     def _why(self) -> str:
         return str(self.ending).splitlines()[0]
@@ -312,6 +343,7 @@ class Driver:
         return True
 
     def _take_footer(self, footer: Footer) -> None:
+        self.meter.take(footer.provenance)
         if not self._count(footer.shard, footer.stats):
             return
         try:

@@ -12,6 +12,7 @@ from typing import Annotated
 import pyarrow as pa
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from jobs.limits import BudgetSettings
 from jobs.places import overlap
 from jobs.schedule import ScheduleSettings
 from pipelines.contracts import LOGPROBS_FIELD, RESULT_FIELDS
@@ -109,6 +110,8 @@ class JobSpec(Settings):
     """What reports may show."""
     schedule: ScheduleSettings | None = None
     """When the job runs by itself."""
+    budget: BudgetSettings = BudgetSettings()
+    """How much the job may use before a run stops."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> JobSpec:

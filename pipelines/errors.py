@@ -136,6 +136,10 @@ class ErrorBudgetSpent(JobError):
     """More failed rows than `errors.max_error_rate` allows."""
 
 
+class LimitReached(JobError):
+    """The job has used what `budget` allows it; it can be resumed with more."""
+
+
 class JobIncomplete(JobError):
     """Planned shards have no part after `errors.max_attempts` attempts."""
 
