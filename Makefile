@@ -62,8 +62,8 @@ test: $(DEV) ## Run all tests: unit, golden, and local with real Ray, vLLM and S
 	@$(BIN)/pytest $(ARGS)
 
 .PHONY: test-fast
-test-fast: $(DEV) ## Run the unit and golden tests only
-	@$(BIN)/pytest --numprocesses=2 --ignore=tests/local --ignore=tests/gpu --ignore=tests/proof $(ARGS)
+test-fast: $(DEV) ## Run the quick unit and golden tests only
+	@$(BIN)/pytest --numprocesses=2 -m 'not slow' --ignore=tests/local --ignore=tests/gpu --ignore=tests/proof $(ARGS)
 
 .PHONY: chaos
 chaos: $(DEV) ## Kill, starve and confuse runs at random moments, and count every row afterwards; hours (ARGS="--jobs 12")

@@ -13,6 +13,8 @@ from benchmarks.step_model import CURVES, SMALL, Curve, Request, StepEngine, run
 from pipelines.adaptive import GAPS, Adaptive, Search, Watermarks
 from pipelines.waves import Load, Wave
 
+pytestmark = pytest.mark.slow
+
 
 def adaptive(engine: StepEngine) -> Adaptive:
     return Adaptive(engine.curve.max_num_seqs, lambda: engine.output_tokens, lambda: engine.now)

@@ -23,6 +23,9 @@ from pipelines.errors import EngineBroken, TransientStorageError, WorkerDied
 from pipelines.storage import Storage
 from pipelines.storage_backend import ObjectInfo
 
+pytestmark = pytest.mark.slow
+
+
 SHARD = "0123456789abcdef"
 
 

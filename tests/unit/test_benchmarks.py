@@ -19,6 +19,8 @@ from benchmarks.shapes import SHAPES, model_folder
 from benchmarks.sides import Run, Task, answers
 from benchmarks.workloads import WORKLOADS
 
+pytestmark = pytest.mark.slow
+
 
 def a_task(**values: object) -> Task:
     given: dict[str, object] = {

@@ -18,6 +18,9 @@ from pipelines.detokenize import Detokenizer
 from pipelines.settings import SamplingSettings
 from tests.tiny_models import byte_level, sentencepiece_style
 
+pytestmark = pytest.mark.slow
+
+
 FAMILIES = {"byte_level": byte_level, "sentencepiece": sentencepiece_style}
 VOCAB = 640  # more than the tokenizers have: models pad their vocabularies
 ORDINARY = st.integers(0, VOCAB - 1)

@@ -24,6 +24,9 @@ from pipelines.errors import SpecError
 from pipelines.listing import list_files
 from tests.local.runs import job
 
+pytestmark = pytest.mark.slow
+
+
 ROWS = 900
 
 

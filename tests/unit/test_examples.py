@@ -14,6 +14,9 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+pytestmark = pytest.mark.slow
+
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 

@@ -18,7 +18,10 @@ from jobs.cli import main
 from jobs.spec import JobSpec
 from tests.unit.fuzz import FACTOR, examples, refusal, within
 
-pytestmark = pytest.mark.timeout(0 if FACTOR > 1 else 300)  # `within` watches each example
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(0 if FACTOR > 1 else 300),
+]  # `within` watches each example
 
 GOOD: dict[str, Any] = {
     "name": "fuzz",

@@ -36,7 +36,10 @@ from tests.unit.fuzz import FACTOR, examples, within
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-model"
 
-pytestmark = pytest.mark.timeout(0 if FACTOR > 1 else 300)  # `within` watches each example
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(0 if FACTOR > 1 else 300),
+]  # `within` watches each example
 
 leaves = st.sampled_from(
     [

@@ -14,7 +14,10 @@ from pipelines.errors import ROW_ERROR_CODES, RowError, SpecError
 from pipelines.template import Template
 from tests.unit.fuzz import FACTOR, examples, refusal, within
 
-pytestmark = pytest.mark.timeout(0 if FACTOR > 1 else 300)  # `within` watches each example
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(0 if FACTOR > 1 else 300),
+]  # `within` watches each example
 
 ROWS: list[dict[str, Any]] = [
     {

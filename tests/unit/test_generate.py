@@ -34,6 +34,9 @@ from pipelines.stop import StopFlag
 from pipelines.storage import Storage
 from tests.tiny_models import byte_level
 
+pytestmark = pytest.mark.slow
+
+
 #: No prompt of a healthy row has this token.
 POISON = 7
 ROWS = 40

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 
 from jobs.intervals import Interval, mean_of_windows, share_of, total_of
 
+pytestmark = pytest.mark.slow
+
+
 RANDOM = np.random.default_rng(5)
 SKEWED = {
     "lognormal": np.ceil(RANDOM.lognormal(5.0, 1.0, 20_000)),

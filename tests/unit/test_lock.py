@@ -23,6 +23,9 @@ from jobs.lock import LOCK_NAME, Holder, OutputLock
 from pipelines.errors import OutputLocked, TransientStorageError
 from pipelines.storage import Storage
 
+pytestmark = pytest.mark.slow
+
+
 FAST = {"heartbeat_s": 0.05, "stale_s": 0.5}
 #: For several processes on few, busy cores: a beat may be late by more than FAST allows.
 CROWDED = {"heartbeat_s": 0.1, "stale_s": 2.0}

@@ -24,6 +24,9 @@ from pipelines.storage import Storage
 from tests.local.runs import content, job, rows_of, write_questions
 from tests.unit.stages import Output, committed, generated, merge, run
 
+pytestmark = pytest.mark.slow
+
+
 #: Rows whose prompt is too long at first, rows that never get one; of 24 rows in shards of 8.
 LONG, ABSENT = (1, 8, 9, 22), (4, 23)
 #: What the first run may take, and the retry.

@@ -21,6 +21,9 @@ from jobs.target import job_of
 from pipelines.errors import SpecError
 from pipelines.storage import Storage
 
+pytestmark = pytest.mark.slow
+
+
 #: Clocks that change at 01:00 UTC, at 02:00, at midnight, by half an hour, and never.
 ZONES = (
     "Europe/Berlin",

@@ -25,6 +25,9 @@ from jobs.scheduler import Runs, run_schedule, sort_out
 from pipelines.errors import Interrupted, JobError, OutputLocked, SpecError
 from pipelines.storage import Storage
 
+pytestmark = pytest.mark.slow
+
+
 START = datetime(2026, 11, 22, 12, 0, 30, tzinfo=UTC)
 
 

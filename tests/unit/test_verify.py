@@ -23,6 +23,8 @@ from pipelines.storage import Storage
 from tests.unit.stages import Output, committed, run
 from tests.unit.test_retry import ENOUGH, SEPARATE, everything, settings, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def output(tmp_path: Path) -> Output:

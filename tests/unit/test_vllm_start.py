@@ -15,6 +15,9 @@ from pipelines import vllm_log
 from pipelines.settings import PoolSettings
 from pipelines.vllm_start import compile_key, start_turn
 
+pytestmark = pytest.mark.slow
+
+
 #: Lines of vLLM 0.32 on a GPU, as the `starts` handler writes them; two ranks.
 V32 = """\
 1795572800.100 Resolved architecture: Qwen2ForCausalLM
