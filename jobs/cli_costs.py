@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 
 import click
 from rich.markup import escape
 
+from jobs.cli_submit import address_option
 from jobs.command import command, job_arguments, show, stderr
 from pipelines.errors import SpecError
 
@@ -20,14 +22,29 @@ from pipelines.errors import SpecError
 )
 @click.option("--name", metavar="GLOB", help="Only jobs of this name, for example 'nightly-*'.")
 @click.option("--since", metavar="7d|DATE", help="Only runs that started since then.")
+@address_option(required=False)
 def list_runs(
-    location: str | None, state: str | None, name: str | None, since: str | None, as_json: bool
+    location: str | None,
+    state: str | None,
+    name: str | None,
+    since: str | None,
+    address: str | None,
+    as_json: bool,
 ) -> None:
-    """Show a team's runs, the newest first, from the shared ledger at LOCATION or $DRAY_LEDGER."""
+    """Show a team's runs, the newest first, from the shared ledger at LOCATION or $DRAY_LEDGER.
+
+    With --address (and no LOCATION) those that a Ray cluster knows of.
+    """
     from jobs.shared_ledger import LEDGER_VARIABLE
     from jobs.team_runs import parse_since, render, team_runs, to_dict
     from pipelines.storage import Storage
 
+    if address and location is None:
+        from jobs.submission import render_runs, runs_on
+
+        submitted = runs_on(address, state=state, name=name, since=parse_since(since) if since else None)
+        show({"runs": [asdict(run) for run in submitted]}, render_runs(submitted), as_json=as_json)
+        return
     place = location or os.environ.get(LEDGER_VARIABLE)
     if not place:
         raise SpecError(

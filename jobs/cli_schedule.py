@@ -12,6 +12,7 @@ from typing import Any
 import click
 from rich.markup import escape
 
+from jobs.cli_submit import address_option
 from jobs.command import command, job_arguments, main, show, stderr
 from pipelines import __version__
 from pipelines.errors import SpecError
@@ -90,6 +91,7 @@ def _tell(line: str) -> None:
 @click.option(
     "--dray", metavar="PROGRAM", help="How to call Dray there; default: dray, for cron its full path."
 )
+@address_option(required=False)
 @click.option("--folder", metavar="FOLDER", help="Where to run it there; default: this one.")
 @click.option("--image", metavar="IMAGE", help="For kubernetes; default: dray with this version's tag.")
 def export(
@@ -98,17 +100,22 @@ def export(
     overrides: tuple[str, ...],
     out: str | None,
     dray: str | None,
+    address: str | None,
     folder: str | None,
     image: str | None,
     as_json: bool,
 ) -> None:
-    """Write a job's schedule as an Airflow DAG, a Dagster definition, crontab lines or a Kubernetes CronJob."""
+    """Write a job's schedule as an Airflow DAG, a Dagster definition, crontab lines or a Kubernetes CronJob.
+
+    With --address each run is submitted to that cluster, and followed.
+    """
     from jobs.export import EXPORTS, Call
 
     call = Call(
         target=target,
         overrides=overrides,
         dray=dray or (_program() if scheduler == "cron" else "dray"),
+        address=address,
         folder=folder or os.getcwd(),
         image=image or f"dray:{__version__}",
         today=datetime.now(UTC),

@@ -29,6 +29,7 @@ def address_option(*, required: bool) -> Callable[[Callable[..., Any]], Callable
 @command("submit")
 @job_arguments
 @address_option(required=True)
+@click.option("--date", metavar="DATE", help="What ${run.date} and the like are of; default: now.")
 @click.option("--resume", is_flag=True, help="Take the plan as it stands: after a driver that died.")
 @click.option(
     "--env",
@@ -42,6 +43,7 @@ def submit(
     target: str,
     overrides: tuple[str, ...],
     address: str,
+    date: str | None,
     resume: bool,
     names: tuple[str, ...],
     watch: bool,
@@ -52,7 +54,9 @@ def submit(
     from jobs.submission import submit as submit_job
     from jobs.target import job_of
 
-    job = job_of(target, overrides)
+    if resume and date:
+        raise SpecError("--date is for a new run; --resume keeps that of the output")
+    job = job_of(target, overrides, date)
     if missing := [name for name in names if name not in os.environ]:
         raise SpecError(f"--env {missing[0]}: this environment variable is not set here")
     env = {name: os.environ[name] for name in names}
@@ -60,7 +64,7 @@ def submit(
         stderr.print(f"note: {escape(place)} is a path of this machine; every node of {address} needs it too")
     if unset := unset_variables(job, env):
         stderr.print(f"note: the cluster has to set {', '.join(unset)} (or give --env {unset[0]})")
-    run = submit_job(job, address, resume=resume, env=env)
+    run = submit_job(job, address, resume=resume, date=date, env=env)
     how = f"is {run.state.lower()} already, started by {run.user}" if run.attached else "is submitted"
     stderr.print(f"run [bold]{run.run_id}[/] {how}; dray logs {run.run_id} -f --address {address}")
     if watch:

@@ -1,6 +1,6 @@
 """A job's schedule for those who have a scheduler already: an Airflow DAG, a Dagster definition, a crontab line, a CronJob.
 
-Each calls `dray run`. Airflow and Dagster hand on the time that they run for, so that their own retries and backfills
+Each calls `dray run`, or for a cluster elsewhere `dray submit --follow`. Airflow and Dagster hand on the time that they run for, so that their own retries and backfills
 fill in the right `${run.date}`; cron and Kubernetes do not tell it, so there it is the clock's.
 """
 
@@ -68,8 +68,8 @@ class Time(dg.Config):
 
 @dg.op(name={op!r}, retry_policy=dg.RetryPolicy(max_retries=2, delay=60))
 def run_dray(config: Time) -> None:
-    """`dray run` for one time; a retry takes up what the first try left."""
-    run = subprocess.Popen([*COMMAND, "run", "--quiet", "--date=" + config.date, "--", *ARGUMENTS], cwd=FOLDER)
+    """The job for one time; a retry takes up what the first try left."""
+    run = subprocess.Popen([*COMMAND, "--date=" + config.date, "--", *ARGUMENTS], cwd=FOLDER)
     try:
         code = run.wait()
     except BaseException:
@@ -77,7 +77,7 @@ def run_dray(config: Time) -> None:
         run.wait()
         raise
     if code != 0:
-        raise dg.Failure(f"dray run ended with exit code {{code}}", allow_retries=code != 2)  # 2: bad input
+        raise dg.Failure(f"dray ended with exit code {{code}}", allow_retries=code != 2)  # 2: bad input
 
 
 @dg.job(name={job!r})
@@ -128,11 +128,20 @@ class Call:
     """Where to run: relative paths in the job and the user's package are looked up there."""
     dray: str = "dray"
     """The program."""
+    address: str | None = None
+    """The Ray cluster that the runs are submitted to; None: each runs where the scheduler calls it."""
     overrides: tuple[str, ...] = ()
     image: str = ""
     """The container image, for Kubernetes."""
     today: datetime
     """When this is written; Airflow counts from its day."""
+
+    @property
+    def command(self) -> list[str]:
+        """The program, its command and options."""
+        if self.address is None:
+            return [self.dray, "run", "--quiet"]
+        return [self.dray, "submit", "--follow", "--address", self.address]
 
 
 def airflow(job: LoadedJob, call: Call) -> str:
@@ -141,7 +150,7 @@ def airflow(job: LoadedJob, call: Call) -> str:
     date = f'{{{{ (logical_date or dag_run.run_after).in_timezone("{schedule.timezone}").isoformat() }}}}'
     words = " ".join(_in_jinja(shlex.quote(word)) for word in (call.target, *call.overrides))
     # Airflow takes a command that ends in .sh for a file to read: the blank at the end keeps it from that.
-    command = f"exec {_in_jinja(shlex.quote(call.dray))} run --quiet --date='{date}' -- {words} "
+    command = f"exec {_in_jinja(shlex.join(call.command))} --date='{date}' -- {words} "
     start = call.today.astimezone(schedule.zone)
     return _AIRFLOW.format(
         name=job.spec.name,
@@ -166,7 +175,7 @@ def dagster(job: LoadedJob, call: Call) -> str:
         schedule=f"dray_{name}_schedule",
         cron=schedule.cron,
         timezone=schedule.timezone,
-        command=[call.dray],
+        command=call.command,
         arguments=[call.target, *call.overrides],
         folder=call.folder,
         overlap=_DAGSTER_SKIP if schedule.overlap == "skip" else "",
@@ -177,7 +186,7 @@ def cron(job: LoadedJob, call: Call) -> str:
     """Lines for a crontab."""
     schedule = schedule_of(job)
     _plain_cron(schedule.cron, job)
-    words = [call.dray, "run", "--quiet", "--", call.target, *call.overrides]
+    words = [*call.command, "--", call.target, *call.overrides]
     if any("\n" in word for word in (*words, call.folder)):
         raise SpecError(
             "a crontab line cannot hold a line break; take it out of the override, or of the path"
@@ -202,7 +211,7 @@ def kubernetes(job: LoadedJob, call: Call) -> str:
             f"{job.where('schedule.overlap')}: schedule.overlap: a CronJob cannot queue; give schedule.overlap=skip "
             "to this command, or use another scheduler"
         )
-    return cron_job(job, schedule, call.image)
+    return cron_job(job, schedule, call.image, call.command)
 
 
 EXPORTS: dict[str, Callable[[LoadedJob, Call], str]] = {

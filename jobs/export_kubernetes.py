@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -21,8 +22,8 @@ _HEADER = """\
 _MAKE_UP_S = {"skip": 60, "run_once": 86_400, "run_all": 86_400}
 
 
-def cron_job(job: LoadedJob, schedule: ScheduleSettings, image: str) -> str:
-    """Two YAML documents."""
+def cron_job(job: LoadedJob, schedule: ScheduleSettings, image: str, command: Sequence[str]) -> str:
+    """Two YAML documents. `command`: the program with its options, to which the job file is added."""
     name = f"dray-{re.sub('[^a-z0-9]+', '-', job.spec.name.lower())}"[:52].strip("-")
     labels = {"app.kubernetes.io/name": "dray", "app.kubernetes.io/instance": name}
     security = {
@@ -34,7 +35,7 @@ def cron_job(job: LoadedJob, schedule: ScheduleSettings, image: str) -> str:
     container: dict[str, Any] = {
         "name": "dray",
         "image": image,
-        "command": ["dray", "run", "--quiet", "/etc/dray/job.yaml"],
+        "command": [*command, "/etc/dray/job.yaml"],
         "envFrom": [{"secretRef": {"name": name, "optional": True}}],
         "volumeMounts": [{"name": "job", "mountPath": "/etc/dray", "readOnly": True}],
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import time
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -104,11 +106,16 @@ def _use_token() -> None:
 
 
 def submit(
-    job: LoadedJob, address: str, *, resume: bool = False, env: Mapping[str, str] | None = None
+    job: LoadedJob,
+    address: str,
+    *,
+    resume: bool = False,
+    date: str | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Submitted:
     """Start a run of the job on the cluster, or find the one that writes its output now.
 
-    `resume` takes the plan as it stands. `env`: variables for the run's processes; anyone who may see the cluster's
+    `resume` takes the plan as it stands. `date`: as for `dray run`. `env`: variables for the run's processes; anyone who may see the cluster's
     jobs sees their values. Raises SpecError for a job with a secret written out, JobError where the cluster refuses.
     """
     output = job.spec.output.path
@@ -122,7 +129,7 @@ def submit(
             stop_s = job.spec.errors.shutdown_grace_s + STOP_S
             _patiently(
                 lambda: cluster.submit_job(
-                    entrypoint=_entrypoint("resume" if resume else "run", run_id),
+                    entrypoint=_entrypoint("resume" if resume else "run", run_id, date),
                     submission_id=run_id,
                     runtime_env={
                         "working_dir": folder,
@@ -152,10 +159,32 @@ def _patiently(call: Callable[[], object]) -> None:
             time.sleep(POLL_S)
 
 
-def runs_on(address: str) -> list[Submitted]:
-    """Dray's runs that the cluster knows of, the newest first."""
+def runs_on(
+    address: str, *, state: str | None = None, name: str | None = None, since: float | None = None
+) -> list[Submitted]:
+    """Dray's runs that the cluster knows of, the newest first.
+
+    `state` as in a ledger: running, succeeded, failed or interrupted. `name`: a glob. `since`: Unix seconds.
+    """
     with client(address) as cluster:
-        return sorted(_jobs(cluster), key=lambda run: run.started_at or 0.0, reverse=True)
+        found = sorted(_jobs(cluster), key=lambda run: run.started_at or 0.0, reverse=True)
+    return [
+        run
+        for run in found
+        if (state is None or _LEDGER_STATES.get(run.state) == state)
+        and (name is None or fnmatch(run.job, name))
+        and (since is None or (run.started_at or time.time()) >= since)
+    ]
+
+
+#: Ray's states of jobs in the ledger's words.
+_LEDGER_STATES = {
+    "PENDING": "running",
+    "RUNNING": "running",
+    "SUCCEEDED": "succeeded",
+    "FAILED": "failed",
+    "STOPPED": "interrupted",
+}
 
 
 def run_on(address: str, run_id: str) -> Submitted:
@@ -267,11 +296,10 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
 
 
-def _entrypoint(command: str, run_id: str) -> str:
+def _entrypoint(command: str, run_id: str, date: str | None) -> str:
+    options = ["--run-id", run_id, *(["--date", date] if date else [])]
     # -P: the folder `user` does not go to the front of the import path, where Python would put it.
-    return (
-        f'cd user && PYTHONPATH="$OLDPWD" exec python -P -m jobs.cli {command} ../job.yaml --run-id {run_id}'
-    )
+    return f'cd user && PYTHONPATH="$OLDPWD" exec python -P -m jobs.cli {command} ../job.yaml {shlex.join(options)}'
 
 
 def _leaves(tree: Any, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

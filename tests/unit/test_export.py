@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,17 @@ class Pendulum(datetime):
         return self.astimezone(ZoneInfo(name))
 
 
-def test_the_airflow_dag_compiles_and_its_command_keeps_every_word_whole(call: Call) -> None:
+@pytest.mark.parametrize(
+    ("address", "verb"),
+    [
+        (None, ["run", "--quiet"]),
+        ("http://head:8265", ["submit", "--follow", "--address", "http://head:8265"]),
+    ],
+)
+def test_the_airflow_dag_compiles_and_its_command_keeps_every_word_whole(
+    call: Call, address: str | None, verb: list[str]
+) -> None:
+    call = replace(call, address=address)
     text = EXPORTS["airflow"](job(), call)
     compile(text, "dag.py", "exec")
     given = {
@@ -84,7 +95,7 @@ def test_the_airflow_dag_compiles_and_its_command_keeps_every_word_whole(call: C
     time = Pendulum(2026, 11, 21, 23, 30, tzinfo=UTC)
     command = jinja2.Environment().from_string(given["bash_command"]).render(logical_date=time)
     subprocess.run(["bash", "-c", command], cwd=given["cwd"], check=True)
-    arguments = ["run", "--quiet", "--date=2026-11-22T00:30:00+01:00", "--", AWKWARD, OVERRIDE]
+    arguments = [*verb, "--date=2026-11-22T00:30:00+01:00", "--", AWKWARD, OVERRIDE]
     assert said(call) == [call.folder, *arguments]
 
 
@@ -117,7 +128,7 @@ def test_the_kubernetes_cronjob_carries_the_whole_job(call: Call, tmp_path: Path
     spec = cron["spec"]
     assert (spec["schedule"], spec["timeZone"]) == ("30 0 * * 1,0", "Europe/Berlin")
     container = spec["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
-    assert container["command"] == ["dray", "run", "--quiet", "/etc/dray/job.yaml"]
+    assert container["command"] == [call.dray, "run", "--quiet", "/etc/dray/job.yaml"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
     assert cron["metadata"]["name"] == "dray-daily-job-1"
 
