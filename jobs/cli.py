@@ -119,11 +119,19 @@ def run(
 @job_arguments
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("--run-id", hidden=True)
-def resume(target: str, overrides: tuple[str, ...], quiet: bool, run_id: str | None, as_json: bool) -> None:
+@click.option("--date", hidden=True)
+def resume(
+    target: str,
+    overrides: tuple[str, ...],
+    quiet: bool,
+    run_id: str | None,
+    date: str | None,
+    as_json: bool,
+) -> None:
     """Run what is left of the plan as it stands; the input is not listed again."""
     from jobs.target import job_of
 
-    job = job_of(target, overrides)
+    job = job_of(target, overrides, date)
     to_the_end(functools.partial(run_job, job, relist=False), quiet=quiet, as_json=as_json, run_id=run_id)
 
 

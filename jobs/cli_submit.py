@@ -64,7 +64,7 @@ def submit(
         stderr.print(f"note: {escape(place)} is a path of this machine; every node of {address} needs it too")
     if unset := unset_variables(job, env):
         stderr.print(f"note: the cluster has to set {', '.join(unset)} (or give --env {unset[0]})")
-    run = submit_job(job, address, resume=resume, date=date, env=env)
+    run = submit_job(job, address, resume=resume, env=env)
     how = f"is {run.state.lower()} already, started by {run.user}" if run.attached else "is submitted"
     stderr.print(f"run [bold]{run.run_id}[/] {how}; dray logs {run.run_id} -f --address {address}")
     if watch:

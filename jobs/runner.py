@@ -39,6 +39,7 @@ from pipelines.errors import (
     ErrorBudgetSpent,
     Interrupted,
     JobIncomplete,
+    LimitReached,
 )
 from pipelines.metrics import tell_shards
 from pipelines.part import Footer
@@ -124,6 +125,8 @@ def run(
 COMMIT_S = 5.0
 #: Seconds between two looks at the lock and at requests to stop.
 TICK_S = 0.25
+#: What an engine's start may meet on one node and not on others: a device, a cache folder, a network.
+_OF_ONE_NODE = frozenset({"EngineStartError", "ModelError", "StorageError"})
 
 
 class Driver:
@@ -251,6 +254,8 @@ class Driver:
             log.warning("Ray ended the stream: %s", error)
             for shard in pending:
                 self.failures.setdefault(shard.id, Failure.of("generate", error))
+        if isinstance(self.ending, LimitReached) and not self._left():
+            self.ending = None  # reached by the last of the work: there is nothing left to stop
         if self.ending is not None:
             raise self.ending
         if len(self.done) == before:
@@ -324,7 +329,8 @@ class Driver:
                 "shard %s: %s failed: %s\n%s", outcome.shard_id, failure.stage, failure.message, failure.trace
             )
             # One engine of a pool that works already may fail to start: a bad node is not the job's end.
-            if failure.scope == "job" and not (failure.kind == "EngineStartError" and self.stats.shards):
+            one_node = failure.stage == "generate" and failure.kind in _OF_ONE_NODE
+            if failure.scope == "job" and not (one_node and self.stats.shards):
                 self.ending = self.ending or failure.to_error()
             self.attempts[outcome.shard_id] += 1
             self.failures[outcome.shard_id] = failure

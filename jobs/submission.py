@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 UNDER_WAY = frozenset({"PENDING", "RUNNING"})
 #: Seconds beyond `errors.shutdown_grace_s` that Ray waits before it kills a driver that it told to stop.
 STOP_S = 30
+#: A platform's settings of its nodes (docs/models.md), which a job could otherwise take away.
+_CLUSTERS_OWN = {"DRAY_POLICY", "DRAY_MODELS"}
+#: The run variables that follow from a run's time.
+_TIME_VARIABLES = {"date", "hour", "datetime", "id"}
 #: Seconds between two looks at a job's log.
 POLL_S = 2.0
 #: Seconds that a cluster may take to be ready for jobs.
@@ -110,15 +114,21 @@ def submit(
     address: str,
     *,
     resume: bool = False,
-    date: str | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Submitted:
     """Start a run of the job on the cluster, or find the one that writes its output now.
 
-    `resume` takes the plan as it stands. `date`: as for `dray run`. `env`: variables for the run's processes; anyone who may see the cluster's
+    The run's date is that of `job`, also where it waits for its turn past midnight. `resume` takes the plan as it
+    stands. `env`: variables for the run's processes; anyone who may see the cluster's
     jobs sees their values. Raises SpecError for a job with a secret written out, JobError where the cluster refuses.
     """
     output = job.spec.output.path
+    for name in sorted(_CLUSTERS_OWN & (env or {}).keys()):
+        raise SpecError(f"--env {name}: the cluster's own to set; no job brings its own")
+    for name in sorted(job.variables.keys() - _TIME_VARIABLES):
+        raise SpecError(
+            f"run variable {name!r}: only those of the time can be submitted; write its value into the job"
+        )
     with client(address) as cluster:
         for found in _jobs(cluster):
             if found.output == output and found.state in UNDER_WAY:
@@ -129,7 +139,7 @@ def submit(
             stop_s = job.spec.errors.shutdown_grace_s + STOP_S
             _patiently(
                 lambda: cluster.submit_job(
-                    entrypoint=_entrypoint("resume" if resume else "run", run_id, date),
+                    entrypoint=_entrypoint("resume" if resume else "run", run_id, job.variables["datetime"]),
                     submission_id=run_id,
                     runtime_env={
                         "working_dir": folder,
@@ -296,8 +306,8 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
 
 
-def _entrypoint(command: str, run_id: str, date: str | None) -> str:
-    options = ["--run-id", run_id, *(["--date", date] if date else [])]
+def _entrypoint(command: str, run_id: str, date: str) -> str:
+    options = ["--run-id", run_id, "--date", date]
     # -P: the folder `user` does not go to the front of the import path, where Python would put it.
     return f'cd user && PYTHONPATH="$OLDPWD" exec python -P -m jobs.cli {command} ../job.yaml {shlex.join(options)}'
 

@@ -63,6 +63,14 @@ def test_output_tokens_count_over_all_runs(tmp_path: Path, monkeypatch: pytest.M
     assert not any("{{" in path.read_text() for path in (tmp_path / "ledger").rglob("*.json"))
 
 
+def test_a_limit_that_the_last_of_the_work_reaches_stops_nothing(tmp_path: Path) -> None:
+    write_questions(tmp_path / "in", rows=60)
+    tokens = run(load(job(tmp_path / "in", tmp_path / "free"))).stats.completion_tokens
+    limit = [f"budget.max_output_tokens={tokens - 1}"]
+    assert run(load(job(tmp_path / "in", tmp_path / "out"), limit)).state == "complete"
+    assert (tmp_path / "out" / "data" / "_SUCCESS").exists()
+
+
 def test_a_deadline_stops_a_run(tmp_path: Path) -> None:
     write_questions(tmp_path / "in", rows=400)
     with pytest.raises(LimitReached, match=r"budget\.deadline: 4s has come"):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from jobs import load
-from jobs.submission import local_places, pack, unset_variables
+from jobs.submission import local_places, pack, submit, unset_variables
 from pipelines.errors import SpecError
 
 
@@ -53,6 +53,16 @@ def test_a_secret_is_shipped_as_its_reference_or_not_at_all(
         SpecError, match=r"output.storage_options.secret: a secret written out is not shipped"
     ):
         pack(written_out, tmp_path / "elsewhere")
+
+
+def test_a_job_brings_no_policy_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="DRAY_POLICY: the cluster's own to set"):
+        submit(load(job(tmp_path)), "http://127.0.0.1:9", env={"DRAY_POLICY": "/dev/null"})
+
+
+def test_a_variable_that_no_time_gives_is_not_lost_on_the_way(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="run variable 'region'"):
+        submit(load(job(tmp_path), variables={"region": "eu"}), "http://127.0.0.1:9")
 
 
 def test_paths_of_this_machine_are_named_where_the_cluster_is_elsewhere(tmp_path: Path) -> None:
