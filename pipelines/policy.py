@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import os
 from fnmatch import fnmatchcase
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
 from pipelines.errors import DrayError, SpecError
+from pipelines.policy_sources import evasive_problems, revision_of, sources_of, trusts, unreadable_problems
 from pipelines.settings import ModelSettings, PoolSettings, Settings, Text
 from pipelines.storage import locate
 
@@ -95,35 +96,18 @@ def read_policy() -> Policy:
         raise SpecError(f"{VARIABLE}: {place}: {key}: {first['msg']}") from None
 
 
-def sources_of(model: ModelSettings) -> list[tuple[str, str]]:
-    """(key, source) for everything that the engine would load files from."""
-    engine = model.engine
-    drafter: Any = engine.get("speculative_config") or {}
-    given = [
-        ("model.source", model.source),
-        ("model.tokenizer", model.tokenizer),
-        ("model.lora.source", model.lora.source if model.lora else None),
-        ("model.engine.hf_config_path", engine.get("hf_config_path")),
-        (
-            "model.engine.speculative_config.model",
-            drafter.get("model") if isinstance(drafter, dict) else None,
-        ),
-    ]
-    return [(key, str(source)) for key, source in given if source]
-
-
 def model_problems(policy: Policy, model: ModelSettings) -> list[str]:
     """What the policy has against a model, one line each."""
-    problems = []
+    problems = unreadable_problems(model)
     allowed = policy.models.allow
     for key, source in sources_of(model):
         if allowed is not None and not any(fnmatchcase(source, pattern) for pattern in allowed):
             problems.append(
                 f"{key}: {source} is not allowed here; the platform's policy allows {', '.join(allowed) or 'none'}"
             )
-    if _trusts(model):
+    if trusts(model):
         for key, source in sources_of(model):
-            revision = _revision_of(key, model)
+            revision = revision_of(key, model)
             if not any(_is_trusted(entry, source, revision) for entry in policy.models.trust_remote_code):
                 at = f"revision {revision}" if revision else "no revision"
                 problems.append(
@@ -135,6 +119,8 @@ def model_problems(policy: Policy, model: ModelSettings) -> list[str]:
             problems.append(
                 "model.engine.code_revision: code is only trusted of model.revision; leave it out"
             )
+    if allowed is not None or trusts(model):
+        problems += evasive_problems(model)
     return problems
 
 
@@ -177,24 +163,6 @@ def check_model_allowed(model: ModelSettings) -> None:
     problems = model_problems(read_policy(), model)
     if problems:
         raise SpecError("\n".join(problems))
-
-
-def _trusts(model: ModelSettings) -> bool:
-    """Whether a job asks for a model's own code anywhere."""
-    drafter: Any = model.engine.get("speculative_config") or {}
-    nested = drafter.get("trust_remote_code") if isinstance(drafter, dict) else None
-    return bool(model.engine.get("trust_remote_code") or nested)
-
-
-def _revision_of(key: str, model: ModelSettings) -> str | None:
-    if key == "model.tokenizer":
-        return str(model.engine.get("tokenizer_revision") or model.revision or "") or None
-    if key == "model.lora.source":
-        return model.lora.revision if model.lora else None
-    if key == "model.engine.speculative_config.model":
-        revision = model.engine["speculative_config"].get("revision")
-        return str(revision) if revision else None
-    return model.revision
 
 
 def _is_trusted(entry: TrustedCode, source: str, revision: str | None) -> bool:
