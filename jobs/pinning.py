@@ -100,8 +100,9 @@ def _revision_of(
 
 def _check_still_there(model: ModelSettings, pin: Mapping[str, Any]) -> None:
     """Before any engine starts: a stored model that was replaced since can only come from this node's cache."""
-    if _is_url(model.source) and cached_model(model.source, pin["revision"]) is None:
-        open_source(model.source, pin["revision"], model.storage_options).revision()
+    revision, options = pin["revision"], model.storage_options
+    if _is_url(model.source) and cached_model(model.source, revision, options) is None:
+        open_source(model.source, revision, options).revision()
 
 
 def _is_url(source: str) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -48,7 +49,7 @@ def pull(
     that is in the cache needs neither hub nor store. One process copies, others wait for it; one that was killed is gone
     on with. Raises ModelError, StorageError, and OutputError where `to` holds something else.
     """
-    if to is None and (found := cached_model(source, revision, weights=weights)):
+    if to is None and (found := cached_model(source, revision, options, weights=weights)):
         return found
     origin = open_source(source, revision, options, token=token)
     try:
@@ -58,7 +59,7 @@ def pull(
             return found
         raise
     if to is None:
-        root, name = cache_root(), _entry_name(source, there, weights)
+        root, name = cache_root(), _entry_name(source, there, options, weights)
         final, partial, lock = root / name, root / ".partial" / name, root / ".locks" / name
     else:
         final = Path(os.path.abspath(os.path.expanduser(to)))
@@ -88,12 +89,20 @@ def pull(
 
 
 def cached_model(
-    source: str, revision: str | None = None, *, asked: str | None = None, weights: bool = True
+    source: str,
+    revision: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    asked: str | None = None,
+    weights: bool = True,
 ) -> tuple[Path, Manifest] | None:
-    """What the cache holds of a source: of that revision, or the latest that was pulled as `asked`."""
+    """What the cache holds of a source: of that revision, or the latest that was pulled as `asked`.
+
+    `options` are those of `pull`.
+    """
     if revision is not None:
         for complete in (True,) if weights else (True, False):
-            folder = cache_root() / _entry_name(source, revision, complete)
+            folder = cache_root() / _entry_name(source, revision, options, complete)
             manifest = read_manifest(folder)
             if manifest is not None and is_whole(folder, manifest):
                 return folder, manifest
@@ -157,8 +166,13 @@ def _standing(final: Path, source: str, revision: str, *, replace: bool) -> Mani
     return None
 
 
-def _entry_name(source: str, revision: str, weights: bool) -> str:
-    digest = hashlib.sha256(f"{source.rstrip('/')}\0{revision}".encode()).hexdigest()[:16]
+def _entry_name(source: str, revision: str, options: Mapping[str, Any] | None, weights: bool) -> str:
+    """A listing is a store's word only, so copies from two endpoints are two models; a digest is the same anywhere."""
+    endpoint = {key: (options or {}).get(key) for key in ("endpoint_url", "client_kwargs")}
+    served = ""
+    if revision.startswith("listing:") and any(endpoint.values()):
+        served = f"\0{json.dumps(endpoint, sort_keys=True, default=str)}"
+    digest = hashlib.sha256(f"{source.rstrip('/')}\0{revision}{served}".encode()).hexdigest()[:16]
     name = _NAME.sub("-", source.rstrip("/").rpartition("://")[2]).strip("-.")[-60:]
     return f"{name}-{digest}" + ("" if weights else ".config")
 

@@ -123,7 +123,7 @@ def _folder_of(source: str, revision: str | None, model: ModelSettings, *, weigh
         return pull(source, revision, model.storage_options, weights=weights)[0]
     if os.path.isabs(source):
         return None
-    found = cached_model(source, revision, weights=weights) or cached_model(
+    found = cached_model(source, revision, model.storage_options, weights=weights) or cached_model(
         source, asked=revision, weights=weights
     )
     return found[0] if found else None

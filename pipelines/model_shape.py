@@ -75,7 +75,7 @@ def read_shape(model: ModelSettings) -> ModelShape | None:
 
 
 def _cached_folder(model: ModelSettings) -> Path | None:
-    found = cached_model(model.source, model.revision) if model.revision else None
+    found = cached_model(model.source, model.revision, model.storage_options) if model.revision else None
     if found is None and "://" in model.source:
         return None
     return found[0] if found else cached(model.source, model)

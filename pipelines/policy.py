@@ -6,6 +6,7 @@
         - {source: acme/own-arch, revision: 4f0c…}
     pool:    {max_engines: 32, max_gpus: 64}
     outputs: {allow: ["s3://team-out/"]}
+    storage: {endpoints: ["https://minio.example"]}
 
 Read anew at each check: on the driver when a job is loaded, and for its model by every worker, under the worker's own
 environment. A file that cannot be read, or has a key that is not known, allows nothing: it is an error.
@@ -14,8 +15,9 @@ environment. A file that cannot be read, or has a key that is not known, allows 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
@@ -26,6 +28,8 @@ from pipelines.settings import ModelSettings, PoolSettings, Settings, Text
 from pipelines.storage import locate
 
 VARIABLE = "DRAY_POLICY"
+#: Storage options that say who asks, not which store.
+_OF_CREDENTIALS = frozenset({"profile", "anon", "key", "secret", "token"})
 
 
 class TrustedCode(Settings):
@@ -34,7 +38,7 @@ class TrustedCode(Settings):
     source: Text
     """The model's source, in full: no pattern."""
     revision: Text | None = None
-    """The job's `model.revision` must be this one. Only a local folder, which the platform keeps itself, goes without."""
+    """The job's `model.revision` must be this one: a commit, or the `sha256:…` of a URL's. Only a local folder, which the platform keeps itself, goes without."""
 
 
 class ModelsPolicy(Settings):
@@ -62,6 +66,13 @@ class OutputsPolicy(Settings):
     """Folders and URLs: an output is one of them or lies below one. null: anywhere."""
 
 
+class StoragePolicy(Settings):
+    """Which stores, where `models` or `outputs` allow only some: a bucket's name says nothing of who serves it."""
+
+    endpoints: list[Text] = Field(default_factory=list)
+    """What `storage_options.endpoint_url` may be; the AWS variables and profiles of the machine are always allowed."""
+
+
 class Policy(Settings):
     """All of it; an empty one allows everything but a model's own code."""
 
@@ -71,6 +82,8 @@ class Policy(Settings):
     """How large a pool."""
     outputs: OutputsPolicy = OutputsPolicy()
     """Where jobs may write."""
+    storage: StoragePolicy = StoragePolicy()
+    """Which stores."""
 
 
 def read_policy() -> Policy:
@@ -121,6 +134,7 @@ def model_problems(policy: Policy, model: ModelSettings) -> list[str]:
             )
     if allowed is not None or trusts(model):
         problems += evasive_problems(model)
+        problems += _options_problems(policy, "model", model.storage_options)
     return problems
 
 
@@ -143,19 +157,20 @@ def pool_problems(policy: Policy, model: ModelSettings, pool: PoolSettings) -> l
     return problems
 
 
-def output_problems(policy: Policy, path: str) -> list[str]:
-    """What the policy has against an output's place."""
+def output_problems(policy: Policy, path: str, options: Mapping[str, Any]) -> list[str]:
+    """What the policy has against an output's place, `options` being its store's."""
     allowed = policy.outputs.allow
     if allowed is None:
         return []
+    problems = _options_problems(policy, "output", options)
     place = _plain(path)
-    if ".." not in place.split("/") and any(
+    if ".." in place.split("/") or not any(
         place == _plain(folder) or place.startswith(f"{_plain(folder)}/") for folder in allowed
     ):
-        return []
-    return [
-        f"output.path: {path} is not allowed here; the platform's policy allows {', '.join(allowed) or 'none'}"
-    ]
+        problems.append(
+            f"output.path: {path} is not allowed here; the platform's policy allows {', '.join(allowed) or 'none'}"
+        )
+    return problems
 
 
 def check_model_allowed(model: ModelSettings) -> None:
@@ -165,8 +180,27 @@ def check_model_allowed(model: ModelSettings) -> None:
         raise SpecError("\n".join(problems))
 
 
+def _options_problems(policy: Policy, section: str, options: Mapping[str, Any]) -> list[str]:
+    """Options that lead to another store than the one that the URL names on this machine."""
+    endpoints = policy.storage.endpoints
+    problems = []
+    for name in sorted(options.keys() - _OF_CREDENTIALS):
+        if options[name] is None or (name == "endpoint_url" and _is_endpoint(options[name], endpoints)):
+            continue
+        problems.append(
+            f"{section}.storage_options.{name}: not allowed under the platform's policy, it may choose another store; "
+            f"leave it out, or give an endpoint_url of storage.endpoints ({', '.join(endpoints) or 'none'})"
+        )
+    return problems
+
+
+def _is_endpoint(given: Any, endpoints: list[str]) -> bool:
+    return isinstance(given, str) and given.rstrip("/") in {url.rstrip("/") for url in endpoints}
+
+
 def _is_trusted(entry: TrustedCode, source: str, revision: str | None) -> bool:
-    if entry.source != source:
+    """Only a digest of the contents pins what lies at a URL: whoever writes there may forge a listing."""
+    if entry.source != source or ("://" in source and not (revision or "").startswith("sha256:")):
         return False
     return entry.revision == revision if entry.revision else os.path.isabs(source)
 

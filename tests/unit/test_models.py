@@ -268,3 +268,11 @@ def test_what_was_pulled_from_the_hub_is_used_offline(tiny: Path, tmp_path: Path
     assert found is not None
     assert found[0] == folder
     assert local_model(ModelSettings(source="acme/tiny"), weights=True).source == str(folder)
+
+
+def test_another_endpoints_copy_of_a_listing_is_another_model(tiny: Path) -> None:
+    # The same listing of the same URL, from a store that the job chose itself.
+    other = {"endpoint_url": "http://elsewhere"}
+    folder, manifest = pull(f"file://{tiny}", options=other)
+    assert cached_model(f"file://{tiny}", manifest.revision, other) == (folder, manifest)
+    assert cached_model(f"file://{tiny}", manifest.revision) is None

@@ -167,3 +167,32 @@ def test_sources_that_are_not_what_they_say(
     load(job(model=own))
     own["engine"] = {"trust_remote_code": True, "load_format": "runai_streamer"}
     assert "model.engine.load_format" in refusal(job(model=own))
+
+
+def test_storage_options_choose_no_other_store(policy: Any) -> None:
+    policy(
+        "{models: {allow: ['s3://m/*']}, outputs: {allow: ['s3://out']}, storage: {endpoints: ['http://minio:9000/']}}"
+    )
+    allowed = {"endpoint_url": "http://minio:9000", "profile": "models"}
+    stored = {"source": "s3://m/tiny"}, {"path": "s3://out/x"}
+    load(
+        job(model={**stored[0], "storage_options": allowed}, output={**stored[1], "storage_options": allowed})
+    )
+    for options in (
+        {"endpoint_url": "http://evil"},
+        {"client_kwargs": {"endpoint_url": "http://minio:9000"}},
+    ):
+        (name,) = options
+        own = job(model={**stored[0], "storage_options": options}, output=stored[1])
+        assert f"model.storage_options.{name}: not allowed" in refusal(own)
+        own = job(model=stored[0], output={**stored[1], "storage_options": options})
+        assert f"output.storage_options.{name}: not allowed" in refusal(own)
+    policy("{}")
+    load(job(model={**stored[0], "storage_options": {"endpoint_url": "http://anywhere"}}))
+
+
+def test_a_listing_pins_no_code(policy: Any) -> None:
+    revision = f"listing:{'0' * 64}"
+    policy(f"models: {{trust_remote_code: [{{source: 's3://m/own', revision: '{revision}'}}]}}")
+    own = {"source": "s3://m/own", "revision": revision, "engine": {"trust_remote_code": True}}
+    assert "may not run code of its own" in refusal(job(model=own))
