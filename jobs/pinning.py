@@ -89,6 +89,8 @@ def _revision_of(
     except HubSilent as silence:
         snapshot = cached(source, model.model_copy(update={"revision": asked}))
         if snapshot is not None:
+            if weights:
+                check_weights(source, (path.name for path in snapshot.iterdir()), model.engine)
             return snapshot.name, "as the local hub cache has it; the hub was not asked"
         if entry := cached_model(source, asked=asked):
             return entry[1].revision, "as this node's model cache has it; the hub was not asked"

@@ -20,8 +20,9 @@ from jobs.proposal import propose
 from pipelines import model_source
 from pipelines.errors import ModelError, OutputError
 from pipelines.model_cache import cache_root, cached_model, cached_models, pull, unfinished
-from pipelines.model_folder import check_model, local_model
+from pipelines.model_folder import check_adapter, check_model, local_model
 from pipelines.model_manifest import MANIFEST, Manifest, read_manifest
+from pipelines.model_weights import check_load_format, loads_weights, streams_weights
 from pipelines.settings import ModelSettings
 from pipelines.storage import Storage
 from pipelines.tokenizer import load_tokenizer
@@ -276,3 +277,36 @@ def test_another_endpoints_copy_of_a_listing_is_another_model(tiny: Path) -> Non
     folder, manifest = pull(f"file://{tiny}", options=other)
     assert cached_model(f"file://{tiny}", manifest.revision, other) == (folder, manifest)
     assert cached_model(f"file://{tiny}", manifest.revision) is None
+
+
+def test_load_formats_are_read_as_vllm_reads_them() -> None:
+    for engine in (
+        {"load_format": "PT"},
+        {"speculative_config": {"draft_load_config": {"load_format": "Pt"}}},
+    ):
+        with pytest.raises(ModelError, match="reads pickle files"):
+            check_load_format(engine)
+    assert not loads_weights({"load_format": "Dummy"})
+    assert streams_weights({"load_format": "RunAI_Streamer"})
+
+
+def test_an_adapter_without_its_safetensors_is_none(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    (tmp_path / "other.safetensors").touch()
+    with pytest.raises(ModelError, match=r"it has no adapter_model\.safetensors"):
+        check_adapter(str(tmp_path), tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    check_adapter(str(tmp_path), tmp_path)
+
+
+def test_pickles_in_the_hubs_local_cache_count_only_where_the_hub_is_silent(tmp_path: Path) -> None:
+    sha = "a" * 40
+    place = tmp_path / "hub" / "models--acme--tiny"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(sha)
+    snapshot = Path(shutil.copytree(TINY, place / "snapshots" / sha))
+    (snapshot / "model.safetensors").rename(snapshot / "pytorch_model.bin")
+    job = job_on(tmp_path, "acme/tiny", f"model.engine.download_dir={tmp_path / 'hub'}")
+    check_model(job.spec.model)
+    with pytest.raises(ModelError, match="pickles"):  # the tests have no network
+        pinned(job, None)
