@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import ModelError, OutputError
-from pipelines.model_manifest import MANIFEST, Manifest, is_whole, read_manifest
+from pipelines.model_manifest import MANIFEST, Manifest, NewerManifest, is_whole, read_manifest
 from pipelines.model_source import HubSilent, Note, clear_traces, open_source
 
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
@@ -103,7 +103,7 @@ def cached_model(
     if revision is not None:
         for complete in (True,) if weights else (True, False):
             folder = cache_root() / _entry_name(source, revision, options, complete)
-            manifest = read_manifest(folder)
+            manifest = _manifest_of(folder)
             if manifest is not None and is_whole(folder, manifest):
                 return folder, manifest
         return None
@@ -123,7 +123,7 @@ def cached_models() -> list[tuple[Path, Manifest]]:
     root = cache_root()
     found = []
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
-        manifest = None if folder.name.startswith(".") else read_manifest(folder)
+        manifest = None if folder.name.startswith(".") else _manifest_of(folder)
         if manifest is not None and is_whole(folder, manifest):
             found.append((folder, manifest))
     return found
@@ -147,11 +147,27 @@ def damaged_entries() -> list[Path]:
     return [folder for folder in folders if folder not in whole]
 
 
+def _manifest_of(folder: Path) -> Manifest | None:
+    """None also where it cannot be read: that entry is damaged, the others are not."""
+    try:
+        return read_manifest(folder)
+    except (ModelError, OSError):
+        return None
+
+
 def _standing(final: Path, source: str, revision: str, *, replace: bool) -> Manifest | None:
-    """The manifest of what stands at `final`; None when there is nothing, or nothing whole, which is taken away."""
+    """The manifest of what stands at `final`; None when there is nothing, or nothing whole, which is taken away.
+
+    Raises NewerManifest for what a later Dray put there.
+    """
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return None
-    manifest = read_manifest(final)
+    try:
+        manifest = read_manifest(final)
+    except NewerManifest:
+        raise
+    except (ModelError, OSError):
+        manifest = None
     if (
         manifest is not None
         and is_whole(final, manifest)

@@ -7,6 +7,7 @@ which folder, and when it counts as whole.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from pipelines.storage import ObjectInfo, Storage, VersionChanged
 #: Files copied at once, and bytes of one request.
 PARALLEL = 8
 CHUNK = 32 << 20
+#: Which of several safetensors files holds which weights.
+INDEX = "model.safetensors.index.json"
 #: Seconds for the hub to answer a question.
 HUB_TIMEOUT_S = 15.0
 
@@ -113,6 +116,7 @@ class StoredModel:
         else:
             files = [self.objects[name] for name in wanted(self.names, weights=True)]
             lines = "".join(f"{file.name}\0{file.size}\0{file.version}\n" for file in files)
+            self._check_index()
             found = f"listing:{hashlib.sha256(lines.encode()).hexdigest()}"
         if self.asked not in (None, found):
             raise ModelError(
@@ -120,6 +124,23 @@ class StoredModel:
                 "back, or ask for that one"
             )
         return found
+
+    def _check_index(self) -> None:
+        """Without a manifest only the index of sharded weights tells that a model is still being uploaded."""
+        if INDEX not in self.objects:
+            return
+        try:
+            named = set(json.loads(self.storage.read(INDEX))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{self.storage.url(INDEX)}: not an index of weights ({error}); upload it again"
+            ) from None
+        missing = sorted(str(name) for name in named - self.objects.keys())
+        if missing:
+            raise ModelError(
+                f"{self.storage.url(missing[0])} is missing, {INDEX} names it ({len(missing)} of {len(named)} files are): "
+                "is the model still being uploaded? Try again when it is whole"
+            )
 
     def copy(self, folder: Path, *, weights: bool, note: Note) -> tuple[FileEntry, ...]:
         self.revision()
@@ -157,9 +178,7 @@ class StoredModel:
                         info.name, start, min(start + CHUNK, info.size), info.version
                     )
                 except (VersionChanged, FileNotFoundError):
-                    raise ModelError(
-                        f"{self.storage.url(info.name)} was replaced while it was being copied: pull it again"
-                    ) from None
+                    raise self._replaced(info.name) from None
                 if not data:
                     raise ModelError(
                         f"{self.storage.url(info.name)} ends after {start:,} of {info.size:,} bytes"
@@ -170,6 +189,7 @@ class StoredModel:
                 start += len(data)
                 note(len(data))
         try:
+            self._check_unchanged(info)
             entry = _checked(self.storage.url(info.name), info.name, part, sha256)
         except ModelError:
             part.unlink()
@@ -178,6 +198,18 @@ class StoredModel:
         part.replace(path)
         done.touch()
         return entry
+
+    def _check_unchanged(self, info: ObjectInfo) -> None:
+        """Most stores do not hold a range to its version, so what was copied may be a mixture of two."""
+        try:
+            now = self.storage.info(info.name)
+        except FileNotFoundError:
+            raise self._replaced(info.name) from None
+        if (now.version, now.size) != (info.version, info.size):
+            raise self._replaced(info.name)
+
+    def _replaced(self, name: str) -> ModelError:
+        return ModelError(f"{self.storage.url(name)} was replaced while it was being copied: pull it again")
 
 
 @dataclass

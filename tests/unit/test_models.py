@@ -19,7 +19,7 @@ from jobs.pinning import pinned
 from jobs.proposal import propose
 from pipelines import model_source
 from pipelines.errors import ModelError, OutputError
-from pipelines.model_cache import cache_root, cached_model, cached_models, pull, unfinished
+from pipelines.model_cache import cache_root, cached_model, cached_models, damaged_entries, pull, unfinished
 from pipelines.model_folder import check_adapter, check_model, local_model
 from pipelines.model_manifest import MANIFEST, Manifest, read_manifest
 from pipelines.model_weights import check_load_format, loads_weights, streams_weights
@@ -310,3 +310,50 @@ def test_pickles_in_the_hubs_local_cache_count_only_where_the_hub_is_silent(tmp_
     check_model(job.spec.model)
     with pytest.raises(ModelError, match="pickles"):  # the tests have no network
         pinned(job, None)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'])
+def test_one_unreadable_entry_stops_no_other(tiny: Path, text: str) -> None:
+    folder, _ = pull(str(tiny))
+    broken = cache_root() / "broken-0123456789abcdef"
+    broken.mkdir()
+    (broken / MANIFEST).write_text(text)
+    assert [entry for entry, _ in cached_models()] == [folder]
+    assert damaged_entries() == [broken]
+    assert cached_model("acme/tiny", asked=None) is None
+    (folder / MANIFEST).write_text(text)
+    assert pull(str(tiny))[0] == folder  # copied anew
+    assert [entry for entry, _ in cached_models()] == [folder]
+
+
+def test_a_later_drays_model_is_not_taken_away(tiny: Path) -> None:
+    folder, _ = pull(str(tiny))
+    (folder / MANIFEST).write_text('{"format": 99}')
+    with pytest.raises(ModelError, match="newer Dray"):
+        pull(str(tiny))
+    assert (folder / "model.safetensors").exists()
+
+
+def test_a_file_replaced_between_two_ranges_is_no_model(tiny: Path) -> None:
+    weights = tiny / "model.safetensors"
+
+    def replace_it(count: int) -> None:
+        if count == model_source.CHUNK:
+            weights.write_bytes(b"\1" * weights.stat().st_size)
+
+    with pytest.raises(ModelError, match=r"was replaced while it was being copied"):
+        pull(str(tiny), note=replace_it)
+    assert cached_models() == []
+    assert list((cache_root() / ".partial").rglob(".model.safetensors.*")) == []
+
+
+def test_a_model_whose_upload_is_under_way_is_refused(tiny: Path) -> None:
+    files = {"a": "model.safetensors", "b": "model-2.safetensors"}
+    (tiny / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(ModelError, match=r"model-2\.safetensors is missing.*still being uploaded"):
+        pull(str(tiny))
+    (tiny / "model-2.safetensors").touch()
+    pull(str(tiny))
+    (tiny / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ModelError, match="not an index"):
+        pull(str(tiny))
