@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
@@ -17,15 +20,16 @@ from jobs.loading import LoadedJob, load
 from jobs.output import read_spec
 from jobs.pinning import pinned
 from jobs.proposal import propose
-from pipelines import model_source
-from pipelines.errors import ModelError, OutputError
+from pipelines import model_source, vllm_engine
+from pipelines.errors import ModelError, OutputError, TransientStorageError
 from pipelines.model_cache import cache_root, cached_model, cached_models, damaged_entries, pull, unfinished
 from pipelines.model_folder import check_adapter, check_model, local_model
 from pipelines.model_manifest import MANIFEST, Manifest, read_manifest
 from pipelines.model_weights import check_load_format, loads_weights, streams_weights
-from pipelines.settings import ModelSettings
+from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
 from pipelines.storage import Storage
 from pipelines.tokenizer import load_tokenizer
+from pipelines.vllm_engine import VLLMEngine, hub_load_format
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-model"
 
@@ -357,3 +361,35 @@ def test_a_model_whose_upload_is_under_way_is_refused(tiny: Path) -> None:
     (tiny / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(ModelError, match="not an index"):
         pull(str(tiny))
+
+
+def test_a_store_that_does_not_answer_is_no_engine_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*args: Any, **kwargs: Any) -> ModelSettings:
+        raise TransientStorageError("s3://models: no answer")
+
+    monkeypatch.setattr(vllm_engine, "local_model", silent)
+    engine = VLLMEngine(ModelSettings(source="s3://models/m"), SamplingSettings(), PoolSettings())
+    with pytest.raises(TransientStorageError):
+        asyncio.run(engine.start())
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "used"),
+    [
+        (["consolidated.safetensors"], "Auto", "mistral"),
+        (["consolidated.safetensors"], "hf", "safetensors"),
+        ([], "auto", "safetensors"),
+        ([], "HF", "safetensors"),
+        (None, None, "safetensors"),
+        ([], "bitsandbytes", "bitsandbytes"),
+    ],
+)
+def test_hub_weights_are_safetensors_or_mistrals(
+    monkeypatch: pytest.MonkeyPatch, files: list[str] | None, given: str | None, used: str
+) -> None:
+    listing = ModuleType("repo_utils")  # None: a vLLM that has no such function
+    if files is not None:
+        listing.list_filtered_repo_files = lambda source, **kwargs: files  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.transformers_utils.repo_utils", listing)
+    engine = {} if given is None else {"load_format": given}
+    assert hub_load_format(ModelSettings(source="acme/m", engine=engine)) == used
