@@ -14,8 +14,9 @@ from typing import Any
 
 from jobs.loading import LoadedJob
 from pipelines.model_cache import cached_model
+from pipelines.model_hub import HubSilent
 from pipelines.model_shape import cached
-from pipelines.model_source import HubSilent, open_source
+from pipelines.model_source import open_source
 from pipelines.model_weights import check_weights
 from pipelines.settings import ModelSettings
 

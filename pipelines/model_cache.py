@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import ModelError, OutputError
+from pipelines.model_hub import HubSilent, Note
 from pipelines.model_manifest import MANIFEST, Manifest, NewerManifest, is_whole, read_manifest
-from pipelines.model_source import HubSilent, Note, clear_traces, open_source
+from pipelines.model_source import clear_traces, open_source
 
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
