@@ -13,6 +13,7 @@ from jobs.doctor_gpu import Gpu
 from jobs.places import is_url
 from pipelines.errors import ModelError
 from pipelines.model_shape import cached, count_parameters, weight_files, weight_index
+from pipelines.model_weights import loads_weights
 from pipelines.settings import ModelSettings
 from pipelines.storage import Storage
 from pipelines.tokenizer import load_tokenizer
@@ -58,7 +59,7 @@ def find(model: ModelSettings) -> Place:
 def _in_folder(model: ModelSettings, folder: Path, named: str) -> Place:
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     index = weight_index(folder)
-    problem = folder_problem(named, sizes, index, dummy=model.engine.get("load_format") == "dummy")
+    problem = folder_problem(named, sizes, index, dummy=not loads_weights(model.engine))
     if problem is not None:
         return Place((problem,), folder)
     files = weight_files(sizes, index)
@@ -125,7 +126,7 @@ def _on_hub(model: ModelSettings) -> Place:
         reason = f"{type(error).__name__}: {one_line(str(error), 120)}"
         return problem(f"{source} is not in the hub cache, and the hub does not answer ({reason})", offline)
     names = {file.rfilename: 0 for file in info.siblings or ()}
-    wrong = folder_problem(source, names, None, dummy=model.engine.get("load_format") == "dummy")
+    wrong = folder_problem(source, names, None, dummy=not loads_weights(model.engine))
     counts = dict(info.safetensors.parameters) if info.safetensors else None
     found = wrong or Finding(
         "model", "ok", f"{source} is on the hub; every node downloads it at its first start"

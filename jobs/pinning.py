@@ -14,8 +14,9 @@ from typing import Any
 
 from jobs.loading import LoadedJob
 from pipelines.model_cache import cached_model
+from pipelines.model_hub import HubSilent
 from pipelines.model_shape import cached
-from pipelines.model_source import HubSilent, open_source
+from pipelines.model_source import open_source
 from pipelines.model_weights import check_weights
 from pipelines.settings import ModelSettings
 
@@ -89,6 +90,8 @@ def _revision_of(
     except HubSilent as silence:
         snapshot = cached(source, model.model_copy(update={"revision": asked}))
         if snapshot is not None:
+            if weights:
+                check_weights(source, (path.name for path in snapshot.iterdir()), model.engine)
             return snapshot.name, "as the local hub cache has it; the hub was not asked"
         if entry := cached_model(source, asked=asked):
             return entry[1].revision, "as this node's model cache has it; the hub was not asked"
@@ -100,8 +103,9 @@ def _revision_of(
 
 def _check_still_there(model: ModelSettings, pin: Mapping[str, Any]) -> None:
     """Before any engine starts: a stored model that was replaced since can only come from this node's cache."""
-    if _is_url(model.source) and cached_model(model.source, pin["revision"]) is None:
-        open_source(model.source, pin["revision"], model.storage_options).revision()
+    revision, options = pin["revision"], model.storage_options
+    if _is_url(model.source) and cached_model(model.source, revision, options) is None:
+        open_source(model.source, revision, options).revision()
 
 
 def _is_url(source: str) -> bool:

@@ -14,7 +14,7 @@ def check_job(spec: JobSpec) -> None:
     _refuse(
         model_problems(policy, spec.model)
         + pool_problems(policy, spec.model, spec.pool)
-        + output_problems(policy, spec.output.path)
+        + output_problems(policy, spec.output.path, spec.output.storage_options)
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -21,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import ModelError, OutputError
-from pipelines.model_manifest import MANIFEST, Manifest, is_whole, read_manifest
-from pipelines.model_source import HubSilent, Note, clear_traces, open_source
+from pipelines.model_hub import HubSilent, Note
+from pipelines.model_manifest import MANIFEST, Manifest, NewerManifest, is_whole, read_manifest
+from pipelines.model_source import clear_traces, open_source
 
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -48,7 +50,7 @@ def pull(
     that is in the cache needs neither hub nor store. One process copies, others wait for it; one that was killed is gone
     on with. Raises ModelError, StorageError, and OutputError where `to` holds something else.
     """
-    if to is None and (found := cached_model(source, revision, weights=weights)):
+    if to is None and (found := cached_model(source, revision, options, weights=weights)):
         return found
     origin = open_source(source, revision, options, token=token)
     try:
@@ -58,7 +60,7 @@ def pull(
             return found
         raise
     if to is None:
-        root, name = cache_root(), _entry_name(source, there, weights)
+        root, name = cache_root(), _entry_name(source, there, options, weights)
         final, partial, lock = root / name, root / ".partial" / name, root / ".locks" / name
     else:
         final = Path(os.path.abspath(os.path.expanduser(to)))
@@ -88,13 +90,21 @@ def pull(
 
 
 def cached_model(
-    source: str, revision: str | None = None, *, asked: str | None = None, weights: bool = True
+    source: str,
+    revision: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    asked: str | None = None,
+    weights: bool = True,
 ) -> tuple[Path, Manifest] | None:
-    """What the cache holds of a source: of that revision, or the latest that was pulled as `asked`."""
+    """What the cache holds of a source: of that revision, or the latest that was pulled as `asked`.
+
+    `options` are those of `pull`.
+    """
     if revision is not None:
         for complete in (True,) if weights else (True, False):
-            folder = cache_root() / _entry_name(source, revision, complete)
-            manifest = read_manifest(folder)
+            folder = cache_root() / _entry_name(source, revision, options, complete)
+            manifest = _manifest_of(folder)
             if manifest is not None and is_whole(folder, manifest):
                 return folder, manifest
         return None
@@ -114,7 +124,7 @@ def cached_models() -> list[tuple[Path, Manifest]]:
     root = cache_root()
     found = []
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
-        manifest = None if folder.name.startswith(".") else read_manifest(folder)
+        manifest = None if folder.name.startswith(".") else _manifest_of(folder)
         if manifest is not None and is_whole(folder, manifest):
             found.append((folder, manifest))
     return found
@@ -138,11 +148,27 @@ def damaged_entries() -> list[Path]:
     return [folder for folder in folders if folder not in whole]
 
 
+def _manifest_of(folder: Path) -> Manifest | None:
+    """None also where it cannot be read: that entry is damaged, the others are not."""
+    try:
+        return read_manifest(folder)
+    except (ModelError, OSError):
+        return None
+
+
 def _standing(final: Path, source: str, revision: str, *, replace: bool) -> Manifest | None:
-    """The manifest of what stands at `final`; None when there is nothing, or nothing whole, which is taken away."""
+    """The manifest of what stands at `final`; None when there is nothing, or nothing whole, which is taken away.
+
+    Raises NewerManifest for what a later Dray put there.
+    """
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return None
-    manifest = read_manifest(final)
+    try:
+        manifest = read_manifest(final)
+    except NewerManifest:
+        raise
+    except (ModelError, OSError):
+        manifest = None
     if (
         manifest is not None
         and is_whole(final, manifest)
@@ -157,8 +183,13 @@ def _standing(final: Path, source: str, revision: str, *, replace: bool) -> Mani
     return None
 
 
-def _entry_name(source: str, revision: str, weights: bool) -> str:
-    digest = hashlib.sha256(f"{source.rstrip('/')}\0{revision}".encode()).hexdigest()[:16]
+def _entry_name(source: str, revision: str, options: Mapping[str, Any] | None, weights: bool) -> str:
+    """A listing is a store's word only, so copies from two endpoints are two models; a digest is the same anywhere."""
+    endpoint = {key: (options or {}).get(key) for key in ("endpoint_url", "client_kwargs")}
+    served = ""
+    if revision.startswith("listing:") and any(endpoint.values()):
+        served = f"\0{json.dumps(endpoint, sort_keys=True, default=str)}"
+    digest = hashlib.sha256(f"{source.rstrip('/')}\0{revision}{served}".encode()).hexdigest()[:16]
     name = _NAME.sub("-", source.rstrip("/").rpartition("://")[2]).strip("-.")[-60:]
     return f"{name}-{digest}" + ("" if weights else ".config")
 

@@ -11,7 +11,6 @@ from typing import Any
 from pipelines.engine_args import check_engine_args
 from pipelines.errors import ModelError
 from pipelines.model_cache import cached_model, pull
-from pipelines.model_shape import cached
 from pipelines.model_weights import (
     check_load_format,
     check_weights,
@@ -21,13 +20,15 @@ from pipelines.model_weights import (
 )
 from pipelines.settings import LoraSettings, ModelSettings
 
+#: The weights of a LoRA adapter; vLLM would take a pickle in its place.
+ADAPTER = "adapter_model.safetensors"
 #: `name` or `owner/name`, as the Hugging Face hub allows them.
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 def check_model(model: ModelSettings) -> None:
     """Raise ModelError for a source that is no model folder, URL or hub id, for weights that are pickles, and for unknown
-    engine arguments. What is behind a URL is looked at when its revision is pinned.
+    engine arguments. What is behind a URL or a hub id is looked at when its revision is pinned.
     """
     check_engine_args(model.engine)
     check_load_format(model.engine)
@@ -41,9 +42,6 @@ def check_model(model: ModelSettings) -> None:
             raise ModelError(
                 f"model.source: {source!r} is neither a folder nor a hub id such as Qwen/Qwen2.5-7B-Instruct"
             )
-        snapshot = cached(source, model)
-        if snapshot is not None:
-            _check_folder(model, snapshot)
         return
     config = Path(source) / "config.json"
     if not Path(source).is_dir():
@@ -105,6 +103,8 @@ def check_adapter(source: str, folder: Path) -> None:
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"model.lora.source: {source} is no LoRA adapter: it has no adapter_config.json")
     refuse_pickles(source, (path.name for path in folder.iterdir()))
+    if not (folder / ADAPTER).is_file():
+        raise ModelError(f"model.lora.source: {source} is no LoRA adapter: it has no {ADAPTER}")
 
 
 def lora_rank(folder: Path) -> int:
@@ -123,7 +123,7 @@ def _folder_of(source: str, revision: str | None, model: ModelSettings, *, weigh
         return pull(source, revision, model.storage_options, weights=weights)[0]
     if os.path.isabs(source):
         return None
-    found = cached_model(source, revision, weights=weights) or cached_model(
+    found = cached_model(source, revision, model.storage_options, weights=weights) or cached_model(
         source, asked=revision, weights=weights
     )
     return found[0] if found else None

@@ -16,6 +16,10 @@ _FORMAT = 1
 _BLOCK = 4 << 20
 
 
+class NewerManifest(ModelError):
+    """A manifest of a later Dray: its model may be whole, so nobody may take it away."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
     """One file of a model."""
@@ -58,11 +62,12 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> Manifest:
-        """Raises ModelError, naming `where` it stands, for what is no manifest or has unsafe names."""
+        """Raises ModelError, naming `where` it stands, for what is no manifest or has unsafe names; NewerManifest."""
         try:
             tree: dict[str, Any] = json.loads(data)
-            if tree.pop("format") != _FORMAT:
-                raise ModelError(f"{where}: written by a newer Dray; upgrade this one")
+            written = int(tree.pop("format"))
+            if written > _FORMAT:
+                raise NewerManifest(f"{where}: written by a newer Dray; upgrade this one")
             manifest = cls(**{**tree, "files": tuple(FileEntry(**file) for file in tree["files"])})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ModelError(
@@ -75,7 +80,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder; None where there is none."""
+    """The manifest of a folder; None where there is none. Raises as `Manifest.from_json`, and OSError."""
     try:
         data = (folder / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError):

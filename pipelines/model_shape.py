@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines.errors import ModelError
 from pipelines.model_cache import cached_model
+from pipelines.model_weights import loads_weights
 from pipelines.settings import ModelSettings
 from pipelines.storage import Storage
 
@@ -67,7 +68,7 @@ def read_shape(model: ModelSettings) -> ModelShape | None:
     if not isinstance(config, dict):
         return None
     counts = None
-    if model.engine.get("load_format") != "dummy":
+    if loads_weights(model.engine):
         sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
         files = [folder / name for name in weight_files(sizes, weight_index(folder))]
         counts = count_parameters(files) if all(file.exists() for file in files) else None
@@ -75,7 +76,7 @@ def read_shape(model: ModelSettings) -> ModelShape | None:
 
 
 def _cached_folder(model: ModelSettings) -> Path | None:
-    found = cached_model(model.source, model.revision) if model.revision else None
+    found = cached_model(model.source, model.revision, model.storage_options) if model.revision else None
     if found is None and "://" in model.source:
         return None
     return found[0] if found else cached(model.source, model)

@@ -1,4 +1,4 @@
-"""Where a model comes from, and what its files are there: a store or a folder (`StoredModel`), or the hub (`HubModel`).
+"""Where a model comes from, and what its files are there: a store or a folder (`StoredModel`), or the hub (`pipelines.model_hub`).
 
 Both say which revision is there now and copy the files of that revision into a folder; `pipelines.model_cache` decides
 which folder, and when it counts as whole.
@@ -7,29 +7,27 @@ which folder, and when it counts as whole.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.errors import ModelError
-from pipelines.model_manifest import MANIFEST, FileEntry, Manifest, entries, sha256_of
-from pipelines.model_weights import PICKLES, refuse_pickles, wanted
+from pipelines.model_hub import PARALLEL, HubModel, Note
+from pipelines.model_manifest import MANIFEST, FileEntry, Manifest, sha256_of
+from pipelines.model_weights import refuse_pickles, wanted
 from pipelines.storage import ObjectInfo, Storage, VersionChanged
 
-#: Files copied at once, and bytes of one request.
-PARALLEL = 8
+#: Bytes of one request.
 CHUNK = 32 << 20
-#: Seconds for the hub to answer a question.
-HUB_TIMEOUT_S = 15.0
-
-Note = Callable[[int], None]
-"""Called with the number of bytes that were copied."""
+#: Which of several safetensors files holds which weights.
+INDEX = "model.safetensors.index.json"
 
 
 class ModelSource(Protocol):
@@ -113,6 +111,7 @@ class StoredModel:
         else:
             files = [self.objects[name] for name in wanted(self.names, weights=True)]
             lines = "".join(f"{file.name}\0{file.size}\0{file.version}\n" for file in files)
+            self._check_index()
             found = f"listing:{hashlib.sha256(lines.encode()).hexdigest()}"
         if self.asked not in (None, found):
             raise ModelError(
@@ -120,6 +119,23 @@ class StoredModel:
                 "back, or ask for that one"
             )
         return found
+
+    def _check_index(self) -> None:
+        """Without a manifest only the index of sharded weights tells that a model is still being uploaded."""
+        if INDEX not in self.objects:
+            return
+        try:
+            named = set(json.loads(self.storage.read(INDEX))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{self.storage.url(INDEX)}: not an index of weights ({error}); upload it again"
+            ) from None
+        missing = sorted(str(name) for name in named - self.objects.keys())
+        if missing:
+            raise ModelError(
+                f"{self.storage.url(missing[0])} is missing, {INDEX} names it ({len(missing)} of {len(named)} files are): "
+                "is the model still being uploaded? Try again when it is whole"
+            )
 
     def copy(self, folder: Path, *, weights: bool, note: Note) -> tuple[FileEntry, ...]:
         self.revision()
@@ -157,9 +173,7 @@ class StoredModel:
                         info.name, start, min(start + CHUNK, info.size), info.version
                     )
                 except (VersionChanged, FileNotFoundError):
-                    raise ModelError(
-                        f"{self.storage.url(info.name)} was replaced while it was being copied: pull it again"
-                    ) from None
+                    raise self._replaced(info.name) from None
                 if not data:
                     raise ModelError(
                         f"{self.storage.url(info.name)} ends after {start:,} of {info.size:,} bytes"
@@ -170,6 +184,7 @@ class StoredModel:
                 start += len(data)
                 note(len(data))
         try:
+            self._check_unchanged(info)
             entry = _checked(self.storage.url(info.name), info.name, part, sha256)
         except ModelError:
             part.unlink()
@@ -179,81 +194,17 @@ class StoredModel:
         done.touch()
         return entry
 
-
-@dataclass
-class HubModel:
-    """A model of the Hugging Face hub. Its revision is a commit; huggingface_hub downloads and resumes."""
-
-    source: str
-    asked: str | None = None
-    token: str | bool | None = None
-    _info: Any = field(default=None, repr=False)
-
-    @property
-    def names(self) -> list[str]:
-        return [file.rfilename for file in self._asked_hub().siblings or ()]
-
-    def revision(self) -> str:
-        return str(self._asked_hub().sha)
-
-    def copy(self, folder: Path, *, weights: bool, note: Note) -> tuple[FileEntry, ...]:
-        from huggingface_hub import snapshot_download
-
-        info = self._asked_hub()
-        siblings = {file.rfilename: file for file in info.siblings or ()}
-        if weights:
-            refuse_pickles(self.source, siblings)
-        names = wanted(siblings, weights=weights)
+    def _check_unchanged(self, info: ObjectInfo) -> None:
+        """Most stores do not hold a range to its version, so what was copied may be a mixture of two."""
         try:
-            snapshot_download(
-                self.source,
-                revision=info.sha,
-                local_dir=folder,
-                allow_patterns=[_literal(name) for name in names],
-                ignore_patterns=[f"*{ending}" for ending in PICKLES],
-                token=self.token,
-                max_workers=PARALLEL,
-            )
-        except Exception as error:  # whichever HTTP client huggingface_hub has, with errors of its own
-            raise ModelError(
-                f"model {self.source}: the hub did not give all of it: {_reason(error)}"
-            ) from error
-        found = entries(folder, names)
-        for file in found:
-            note(file.size)
-            stored = siblings[file.name].lfs
-            if stored is not None and stored.sha256 != file.sha256:
-                (folder / file.name).unlink()
-                raise ModelError(
-                    f"model {self.source}: {file.name} came damaged (sha256 {file.sha256[:12]}…, the hub says "
-                    f"{stored.sha256[:12]}…): pull it again"
-                )
-        return found
+            now = self.storage.info(info.name)
+        except FileNotFoundError:
+            raise self._replaced(info.name) from None
+        if (now.version, now.size) != (info.version, info.size):
+            raise self._replaced(info.name)
 
-    def _asked_hub(self) -> Any:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-        if self._info is None:
-            try:
-                self._info = HfApi(token=self.token).model_info(
-                    self.source, revision=self.asked, timeout=HUB_TIMEOUT_S, files_metadata=True
-                )
-            except RevisionNotFoundError:
-                raise ModelError(
-                    f"model {self.source}: the hub has no revision {self.asked!r} of it"
-                ) from None
-            except RepositoryNotFoundError:
-                raise ModelError(
-                    f"model {self.source}: the hub has no such model, or hides it; for a private one set HF_TOKEN"
-                ) from None
-            except Exception as error:  # as above
-                raise HubSilent(f"model {self.source}: the hub does not answer: {_reason(error)}") from error
-        return self._info
-
-
-class HubSilent(ModelError):
-    """No network, or HF_HUB_OFFLINE: the hub can say nothing of the model."""
+    def _replaced(self, name: str) -> ModelError:
+        return ModelError(f"{self.storage.url(name)} was replaced while it was being copied: pull it again")
 
 
 def all_of(tasks: Sequence[Callable[[], FileEntry]]) -> list[FileEntry]:
@@ -284,12 +235,3 @@ def _checked(url: str, name: str, path: Path, sha256: str | None) -> FileEntry:
             "or was replaced; upload the model again"
         )
     return FileEntry(name=name, size=path.stat().st_size, sha256=found)
-
-
-def _literal(name: str) -> str:
-    """The file name as a pattern of fnmatch that matches nothing else."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -20,23 +20,35 @@ _FOREIGN = (".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot")
 _PICKLE_FORMATS = ("pt", "npcache")
 
 
+def load_format(engine: Mapping[str, Any]) -> str:
+    """`load_format` of engine arguments (or of a `draft_load_config`) as vLLM reads it: in small letters, `auto` by default."""
+    return str(engine.get("load_format") or "auto").lower()
+
+
 def loads_weights(engine: Mapping[str, Any]) -> bool:
     """Whether the engine reads weights at all: not with `load_format: dummy`."""
-    return engine.get("load_format") != "dummy"
+    return load_format(engine) != "dummy"
 
 
 def streams_weights(engine: Mapping[str, Any]) -> bool:
     """Whether vLLM itself reads the weights from the object store (`load_format: runai_streamer…`)."""
-    return str(engine.get("load_format", "")).startswith("runai_streamer")
+    return load_format(engine).startswith("runai_streamer")
 
 
 def check_load_format(engine: Mapping[str, Any]) -> None:
-    """Raise ModelError for a `load_format` that reads pickles."""
-    given = engine.get("load_format")
-    if given in _PICKLE_FORMATS:
+    """Raise ModelError for a `load_format` that reads pickles, the draft model's too."""
+    _refuse_pickle_format("model.engine", engine)
+    drafter = engine.get("speculative_config")
+    draft = drafter.get("draft_load_config") if isinstance(drafter, Mapping) else None
+    if isinstance(draft, Mapping):
+        _refuse_pickle_format("model.engine.speculative_config.draft_load_config", draft)
+
+
+def _refuse_pickle_format(key: str, given: Mapping[str, Any]) -> None:
+    if load_format(given) in _PICKLE_FORMATS:
         raise ModelError(
-            f"model.engine.load_format: {given!r} reads pickle files, which run code when they are loaded; leave it out "
-            "and give a model with safetensors"
+            f"{key}.load_format: {given['load_format']!r} reads pickle files, which run code when they are loaded; leave "
+            "it out and give a model with safetensors"
         )
 
 

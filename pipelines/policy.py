@@ -6,6 +6,7 @@
         - {source: acme/own-arch, revision: 4f0c…}
     pool:    {max_engines: 32, max_gpus: 64}
     outputs: {allow: ["s3://team-out/"]}
+    storage: {endpoints: ["https://minio.example"]}
 
 Read anew at each check: on the driver when a job is loaded, and for its model by every worker, under the worker's own
 environment. A file that cannot be read, or has a key that is not known, allows nothing: it is an error.
@@ -14,6 +15,7 @@ environment. A file that cannot be read, or has a key that is not known, allows 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
@@ -21,10 +23,13 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
 from pipelines.errors import DrayError, SpecError
+from pipelines.policy_sources import evasive_problems, revision_of, sources_of, trusts, unreadable_problems
 from pipelines.settings import ModelSettings, PoolSettings, Settings, Text
 from pipelines.storage import locate
 
 VARIABLE = "DRAY_POLICY"
+#: Storage options that say who asks, not which store.
+_OF_CREDENTIALS = frozenset({"profile", "anon", "key", "secret", "token"})
 
 
 class TrustedCode(Settings):
@@ -33,7 +38,7 @@ class TrustedCode(Settings):
     source: Text
     """The model's source, in full: no pattern."""
     revision: Text | None = None
-    """The job's `model.revision` must be this one. Only a local folder, which the platform keeps itself, goes without."""
+    """The job's `model.revision` must be this one: a commit, or the `sha256:…` of a URL's. Only a local folder, which the platform keeps itself, goes without."""
 
 
 class ModelsPolicy(Settings):
@@ -61,6 +66,13 @@ class OutputsPolicy(Settings):
     """Folders and URLs: an output is one of them or lies below one. null: anywhere."""
 
 
+class StoragePolicy(Settings):
+    """Which stores, where `models` or `outputs` allow only some: a bucket's name says nothing of who serves it."""
+
+    endpoints: list[Text] = Field(default_factory=list)
+    """What `storage_options.endpoint_url` may be; the AWS variables and profiles of the machine are always allowed."""
+
+
 class Policy(Settings):
     """All of it; an empty one allows everything but a model's own code."""
 
@@ -70,6 +82,8 @@ class Policy(Settings):
     """How large a pool."""
     outputs: OutputsPolicy = OutputsPolicy()
     """Where jobs may write."""
+    storage: StoragePolicy = StoragePolicy()
+    """Which stores."""
 
 
 def read_policy() -> Policy:
@@ -95,35 +109,18 @@ def read_policy() -> Policy:
         raise SpecError(f"{VARIABLE}: {place}: {key}: {first['msg']}") from None
 
 
-def sources_of(model: ModelSettings) -> list[tuple[str, str]]:
-    """(key, source) for everything that the engine would load files from."""
-    engine = model.engine
-    drafter: Any = engine.get("speculative_config") or {}
-    given = [
-        ("model.source", model.source),
-        ("model.tokenizer", model.tokenizer),
-        ("model.lora.source", model.lora.source if model.lora else None),
-        ("model.engine.hf_config_path", engine.get("hf_config_path")),
-        (
-            "model.engine.speculative_config.model",
-            drafter.get("model") if isinstance(drafter, dict) else None,
-        ),
-    ]
-    return [(key, str(source)) for key, source in given if source]
-
-
 def model_problems(policy: Policy, model: ModelSettings) -> list[str]:
     """What the policy has against a model, one line each."""
-    problems = []
+    problems = unreadable_problems(model)
     allowed = policy.models.allow
     for key, source in sources_of(model):
         if allowed is not None and not any(fnmatchcase(source, pattern) for pattern in allowed):
             problems.append(
                 f"{key}: {source} is not allowed here; the platform's policy allows {', '.join(allowed) or 'none'}"
             )
-    if _trusts(model):
+    if trusts(model):
         for key, source in sources_of(model):
-            revision = _revision_of(key, model)
+            revision = revision_of(key, model)
             if not any(_is_trusted(entry, source, revision) for entry in policy.models.trust_remote_code):
                 at = f"revision {revision}" if revision else "no revision"
                 problems.append(
@@ -135,6 +132,9 @@ def model_problems(policy: Policy, model: ModelSettings) -> list[str]:
             problems.append(
                 "model.engine.code_revision: code is only trusted of model.revision; leave it out"
             )
+    if allowed is not None or trusts(model):
+        problems += evasive_problems(model)
+        problems += _options_problems(policy, "model", model.storage_options)
     return problems
 
 
@@ -157,19 +157,20 @@ def pool_problems(policy: Policy, model: ModelSettings, pool: PoolSettings) -> l
     return problems
 
 
-def output_problems(policy: Policy, path: str) -> list[str]:
-    """What the policy has against an output's place."""
+def output_problems(policy: Policy, path: str, options: Mapping[str, Any]) -> list[str]:
+    """What the policy has against an output's place, `options` being its store's."""
     allowed = policy.outputs.allow
     if allowed is None:
         return []
+    problems = _options_problems(policy, "output", options)
     place = _plain(path)
-    if ".." not in place.split("/") and any(
+    if ".." in place.split("/") or not any(
         place == _plain(folder) or place.startswith(f"{_plain(folder)}/") for folder in allowed
     ):
-        return []
-    return [
-        f"output.path: {path} is not allowed here; the platform's policy allows {', '.join(allowed) or 'none'}"
-    ]
+        problems.append(
+            f"output.path: {path} is not allowed here; the platform's policy allows {', '.join(allowed) or 'none'}"
+        )
+    return problems
 
 
 def check_model_allowed(model: ModelSettings) -> None:
@@ -179,26 +180,27 @@ def check_model_allowed(model: ModelSettings) -> None:
         raise SpecError("\n".join(problems))
 
 
-def _trusts(model: ModelSettings) -> bool:
-    """Whether a job asks for a model's own code anywhere."""
-    drafter: Any = model.engine.get("speculative_config") or {}
-    nested = drafter.get("trust_remote_code") if isinstance(drafter, dict) else None
-    return bool(model.engine.get("trust_remote_code") or nested)
+def _options_problems(policy: Policy, section: str, options: Mapping[str, Any]) -> list[str]:
+    """Options that lead to another store than the one that the URL names on this machine."""
+    endpoints = policy.storage.endpoints
+    problems = []
+    for name in sorted(options.keys() - _OF_CREDENTIALS):
+        if options[name] is None or (name == "endpoint_url" and _is_endpoint(options[name], endpoints)):
+            continue
+        problems.append(
+            f"{section}.storage_options.{name}: not allowed under the platform's policy, it may choose another store; "
+            f"leave it out, or give an endpoint_url of storage.endpoints ({', '.join(endpoints) or 'none'})"
+        )
+    return problems
 
 
-def _revision_of(key: str, model: ModelSettings) -> str | None:
-    if key == "model.tokenizer":
-        return str(model.engine.get("tokenizer_revision") or model.revision or "") or None
-    if key == "model.lora.source":
-        return model.lora.revision if model.lora else None
-    if key == "model.engine.speculative_config.model":
-        revision = model.engine["speculative_config"].get("revision")
-        return str(revision) if revision else None
-    return model.revision
+def _is_endpoint(given: Any, endpoints: list[str]) -> bool:
+    return isinstance(given, str) and given.rstrip("/") in {url.rstrip("/") for url in endpoints}
 
 
 def _is_trusted(entry: TrustedCode, source: str, revision: str | None) -> bool:
-    if entry.source != source:
+    """Only a digest of the contents pins what lies at a URL: whoever writes there may forge a listing."""
+    if entry.source != source or ("://" in source and not (revision or "").startswith("sha256:")):
         return False
     return entry.revision == revision if entry.revision else os.path.isabs(source)
 

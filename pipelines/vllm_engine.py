@@ -19,8 +19,16 @@ import psutil
 from pipelines import vllm_log
 from pipelines.engine import Answer, CacheUse, EngineInfo, Sample, StartParts, TokenIds, check_prompt
 from pipelines.engine_args import check_engine_args, known_engine_args
-from pipelines.errors import BadInput, EngineDied, EngineStartError, RowError, ShardError
+from pipelines.errors import (
+    BadInput,
+    EngineDied,
+    EngineStartError,
+    RowError,
+    ShardError,
+    TransientStorageError,
+)
 from pipelines.model_folder import local_model, lora_rank
+from pipelines.model_weights import load_format
 from pipelines.scopes import scope_of
 from pipelines.settings import LoraSettings, ModelSettings, PoolSettings, SamplingSettings
 from pipelines.vllm_defaults import cpu_defaults, gpu_defaults, set_quiet_environment
@@ -59,8 +67,8 @@ class VLLMEngine:
         self._start_parts = StartParts()
 
     async def start(self) -> EngineInfo:
-        """Load the model: 10 s for a tiny one on a CPU, minutes for a large one. Raises EngineStartError, and
-        BadInput for a model that cannot be brought here or is refused.
+        """Load the model: 10 s for a tiny one on a CPU, minutes for a large one. Raises EngineStartError, BadInput for a
+        model that cannot be brought here or is refused, and TransientStorageError for one that may come at the next try.
 
         AsyncLLM's constructor blocks until the model is loaded, so it runs on a thread; it needs no event loop there
         and starts its output task with the first request, in the loop that made it. After a cancelled start call
@@ -70,7 +78,7 @@ class VLLMEngine:
         self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
         try:
             await asyncio.shield(self._building)
-        except (EngineStartError, BadInput):
+        except (EngineStartError, BadInput, TransientStorageError):
             raise
         except Exception as error:  # whatever vLLM, torch and transformers raise: the model does not load
             raise EngineStartError(self._start_reason(error)) from error
@@ -224,9 +232,8 @@ class VLLMEngine:
         known = known_engine_args()  # a vLLM without an argument of ours goes without it
         values = {name: value for name, value in defaults.items() if known is None or name in known}
         values |= model.engine
-        on_hub = not os.path.isdir(model.source) and "://" not in model.source
-        if on_hub and values.get("load_format", "auto") in ("auto", "hf"):
-            values["load_format"] = "safetensors"  # these would take pickles too
+        if not os.path.isdir(model.source) and "://" not in model.source:
+            values["load_format"] = hub_load_format(model)
         if model.lora is not None:
             values |= {"enable_lora": True, "max_lora_rank": _lora_rank(model.lora, values)}
             self._lora = _lora_request(model.lora)
@@ -287,6 +294,33 @@ def _start_parts(
         compile_s=told.get("compile_s", None if int(compilation.mode or 0) else 0.0),
         graphs_s=told.get("graphs_s", None if compilation.cudagraph_mode.value else 0.0),
     )
+
+
+def hub_load_format(model: ModelSettings) -> str:
+    """What vLLM loads a hub model's weights by: never `auto` or `hf`, which would take pickles too.
+
+    As vLLM's `auto` does, Mistral's own format where the repository has it.
+    """
+    given = load_format(model.engine)
+    if given not in ("auto", "hf"):
+        return given
+    return "mistral" if given == "auto" and _has_mistral_files(model) else "safetensors"
+
+
+def _has_mistral_files(model: ModelSettings) -> bool:
+    try:
+        from vllm.transformers_utils.repo_utils import list_filtered_repo_files
+
+        return bool(
+            list_filtered_repo_files(
+                model.source,
+                allow_patterns=["consolidated*.safetensors"],
+                revision=model.revision,
+                token=model.engine.get("hf_token"),
+            )
+        )
+    except (ImportError, TypeError, ValueError, OSError):
+        return False  # a helper of vLLM's own, which may move: then as for all other models
 
 
 def _lora_request(lora: LoraSettings) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
@@ -17,14 +20,16 @@ from jobs.loading import LoadedJob, load
 from jobs.output import read_spec
 from jobs.pinning import pinned
 from jobs.proposal import propose
-from pipelines import model_source
-from pipelines.errors import ModelError, OutputError
-from pipelines.model_cache import cache_root, cached_model, cached_models, pull, unfinished
-from pipelines.model_folder import check_model, local_model
+from pipelines import model_source, vllm_engine
+from pipelines.errors import ModelError, OutputError, TransientStorageError
+from pipelines.model_cache import cache_root, cached_model, cached_models, damaged_entries, pull, unfinished
+from pipelines.model_folder import check_adapter, check_model, local_model
 from pipelines.model_manifest import MANIFEST, Manifest, read_manifest
-from pipelines.settings import ModelSettings
+from pipelines.model_weights import check_load_format, loads_weights, streams_weights
+from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
 from pipelines.storage import Storage
 from pipelines.tokenizer import load_tokenizer
+from pipelines.vllm_engine import VLLMEngine, hub_load_format
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-model"
 
@@ -268,3 +273,123 @@ def test_what_was_pulled_from_the_hub_is_used_offline(tiny: Path, tmp_path: Path
     assert found is not None
     assert found[0] == folder
     assert local_model(ModelSettings(source="acme/tiny"), weights=True).source == str(folder)
+
+
+def test_another_endpoints_copy_of_a_listing_is_another_model(tiny: Path) -> None:
+    # The same listing of the same URL, from a store that the job chose itself.
+    other = {"endpoint_url": "http://elsewhere"}
+    folder, manifest = pull(f"file://{tiny}", options=other)
+    assert cached_model(f"file://{tiny}", manifest.revision, other) == (folder, manifest)
+    assert cached_model(f"file://{tiny}", manifest.revision) is None
+
+
+def test_load_formats_are_read_as_vllm_reads_them() -> None:
+    for engine in (
+        {"load_format": "PT"},
+        {"speculative_config": {"draft_load_config": {"load_format": "Pt"}}},
+    ):
+        with pytest.raises(ModelError, match="reads pickle files"):
+            check_load_format(engine)
+    assert not loads_weights({"load_format": "Dummy"})
+    assert streams_weights({"load_format": "RunAI_Streamer"})
+
+
+def test_an_adapter_without_its_safetensors_is_none(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    (tmp_path / "other.safetensors").touch()
+    with pytest.raises(ModelError, match=r"it has no adapter_model\.safetensors"):
+        check_adapter(str(tmp_path), tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    check_adapter(str(tmp_path), tmp_path)
+
+
+def test_pickles_in_the_hubs_local_cache_count_only_where_the_hub_is_silent(tmp_path: Path) -> None:
+    sha = "a" * 40
+    place = tmp_path / "hub" / "models--acme--tiny"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(sha)
+    snapshot = Path(shutil.copytree(TINY, place / "snapshots" / sha))
+    (snapshot / "model.safetensors").rename(snapshot / "pytorch_model.bin")
+    job = job_on(tmp_path, "acme/tiny", f"model.engine.download_dir={tmp_path / 'hub'}")
+    check_model(job.spec.model)
+    with pytest.raises(ModelError, match="pickles"):  # the tests have no network
+        pinned(job, None)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'])
+def test_one_unreadable_entry_stops_no_other(tiny: Path, text: str) -> None:
+    folder, _ = pull(str(tiny))
+    broken = cache_root() / "broken-0123456789abcdef"
+    broken.mkdir()
+    (broken / MANIFEST).write_text(text)
+    assert [entry for entry, _ in cached_models()] == [folder]
+    assert damaged_entries() == [broken]
+    assert cached_model("acme/tiny", asked=None) is None
+    (folder / MANIFEST).write_text(text)
+    assert pull(str(tiny))[0] == folder  # copied anew
+    assert [entry for entry, _ in cached_models()] == [folder]
+
+
+def test_a_later_drays_model_is_not_taken_away(tiny: Path) -> None:
+    folder, _ = pull(str(tiny))
+    (folder / MANIFEST).write_text('{"format": 99}')
+    with pytest.raises(ModelError, match="newer Dray"):
+        pull(str(tiny))
+    assert (folder / "model.safetensors").exists()
+
+
+def test_a_file_replaced_between_two_ranges_is_no_model(tiny: Path) -> None:
+    weights = tiny / "model.safetensors"
+
+    def replace_it(count: int) -> None:
+        if count == model_source.CHUNK:
+            weights.write_bytes(b"\1" * weights.stat().st_size)
+
+    with pytest.raises(ModelError, match=r"was replaced while it was being copied"):
+        pull(str(tiny), note=replace_it)
+    assert cached_models() == []
+    assert list((cache_root() / ".partial").rglob(".model.safetensors.*")) == []
+
+
+def test_a_model_whose_upload_is_under_way_is_refused(tiny: Path) -> None:
+    files = {"a": "model.safetensors", "b": "model-2.safetensors"}
+    (tiny / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(ModelError, match=r"model-2\.safetensors is missing.*still being uploaded"):
+        pull(str(tiny))
+    (tiny / "model-2.safetensors").touch()
+    pull(str(tiny))
+    (tiny / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ModelError, match="not an index"):
+        pull(str(tiny))
+
+
+def test_a_store_that_does_not_answer_is_no_engine_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*args: Any, **kwargs: Any) -> ModelSettings:
+        raise TransientStorageError("s3://models: no answer")
+
+    monkeypatch.setattr(vllm_engine, "local_model", silent)
+    engine = VLLMEngine(ModelSettings(source="s3://models/m"), SamplingSettings(), PoolSettings())
+    with pytest.raises(TransientStorageError):
+        asyncio.run(engine.start())
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "used"),
+    [
+        (["consolidated.safetensors"], "Auto", "mistral"),
+        (["consolidated.safetensors"], "hf", "safetensors"),
+        ([], "auto", "safetensors"),
+        ([], "HF", "safetensors"),
+        (None, None, "safetensors"),
+        ([], "bitsandbytes", "bitsandbytes"),
+    ],
+)
+def test_hub_weights_are_safetensors_or_mistrals(
+    monkeypatch: pytest.MonkeyPatch, files: list[str] | None, given: str | None, used: str
+) -> None:
+    listing = ModuleType("repo_utils")  # None: a vLLM that has no such function
+    if files is not None:
+        listing.list_filtered_repo_files = lambda source, **kwargs: files  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.transformers_utils.repo_utils", listing)
+    engine = {} if given is None else {"load_format": given}
+    assert hub_load_format(ModelSettings(source="acme/m", engine=engine)) == used

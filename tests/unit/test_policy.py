@@ -129,3 +129,70 @@ def test_a_worker_asks_its_own_policy(policy: Any) -> None:
     check_model_allowed(ModelSettings(source="Qwen/x"))
     with pytest.raises(SpecError, match="not allowed here"):
         check_model_allowed(ModelSettings(source="acme/x"))
+
+
+def test_whatever_else_the_engine_loads_is_a_source_too(policy: Any) -> None:
+    policy("models: {allow: ['Qwen/*']}")
+    load(job(model={"engine": {"generation_config": "vllm"}}))
+    for engine, key in (
+        ({"spec_method": "eagle", "spec_model": "acme/x"}, "spec_model"),
+        ({"default_mm_loras": {"audio": "acme/x"}}, "default_mm_loras.audio"),
+        ({"generation_config": "acme/x"}, "generation_config"),
+    ):
+        assert f"model.engine.{key}: acme/x is not allowed here" in refusal(job(model={"engine": engine}))
+    policy("{}")
+    text = {"speculative_config": '{"model": "acme/d", "trust_remote_code": true}'}
+    assert "speculative_config: must be a mapping" in refusal(job(model={"engine": text}))
+
+
+def test_what_has_no_revision_of_its_own_runs_no_code(policy: Any) -> None:
+    policy(f"models: {{trust_remote_code: [{{source: acme/own, revision: {SHA}}}]}}")
+    for extra in ({"spec_model": "acme/own"}, {"default_mm_loras": {"audio": "acme/own"}}):
+        own = {"source": "acme/own", "revision": SHA, "engine": {"trust_remote_code": True, **extra}}
+        assert "acme/own with no revision may not run code" in refusal(job(model=own))
+
+
+def test_sources_that_are_not_what_they_say(
+    policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy("models: {allow: ['Qwen/*', 's3://models/*']}")
+    monkeypatch.chdir(tmp_path)
+    assert "has a part `..`" in refusal(job(model={"source": "s3://models/../other/m"}))
+    (tmp_path / "Qwen" / "mine").mkdir(parents=True)
+    with pytest.raises(SpecError, match="relative to the working directory"):
+        check_model_allowed(ModelSettings(source="Qwen/mine"))
+    digest = f"sha256:{'0' * 64}"
+    policy(f"models: {{trust_remote_code: [{{source: 's3://models/m', revision: '{digest}'}}]}}")
+    own = {"source": "s3://models/m", "revision": digest, "engine": {"trust_remote_code": True}}
+    load(job(model=own))
+    own["engine"] = {"trust_remote_code": True, "load_format": "runai_streamer"}
+    assert "model.engine.load_format" in refusal(job(model=own))
+
+
+def test_storage_options_choose_no_other_store(policy: Any) -> None:
+    policy(
+        "{models: {allow: ['s3://m/*']}, outputs: {allow: ['s3://out']}, storage: {endpoints: ['http://minio:9000/']}}"
+    )
+    allowed = {"endpoint_url": "http://minio:9000", "profile": "models"}
+    stored = {"source": "s3://m/tiny"}, {"path": "s3://out/x"}
+    load(
+        job(model={**stored[0], "storage_options": allowed}, output={**stored[1], "storage_options": allowed})
+    )
+    for options in (
+        {"endpoint_url": "http://evil"},
+        {"client_kwargs": {"endpoint_url": "http://minio:9000"}},
+    ):
+        (name,) = options
+        own = job(model={**stored[0], "storage_options": options}, output=stored[1])
+        assert f"model.storage_options.{name}: not allowed" in refusal(own)
+        own = job(model=stored[0], output={**stored[1], "storage_options": options})
+        assert f"output.storage_options.{name}: not allowed" in refusal(own)
+    policy("{}")
+    load(job(model={**stored[0], "storage_options": {"endpoint_url": "http://anywhere"}}))
+
+
+def test_a_listing_pins_no_code(policy: Any) -> None:
+    revision = f"listing:{'0' * 64}"
+    policy(f"models: {{trust_remote_code: [{{source: 's3://m/own', revision: '{revision}'}}]}}")
+    own = {"source": "s3://m/own", "revision": revision, "engine": {"trust_remote_code": True}}
+    assert "may not run code of its own" in refusal(job(model=own))
