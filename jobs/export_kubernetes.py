@@ -22,8 +22,11 @@ _HEADER = """\
 _MAKE_UP_S = {"skip": 60, "run_once": 86_400, "run_all": 86_400}
 
 
-def cron_job(job: LoadedJob, schedule: ScheduleSettings, image: str, command: Sequence[str]) -> str:
-    """Two YAML documents. `command`: the program with its options, to which the job file is added."""
+def cron_job(
+    job: LoadedJob, schedule: ScheduleSettings, image: str, command: Sequence[str], *, submits: bool
+) -> str:
+    """Two YAML documents. `command`: the program with its options, to which the job file is added; `submits`: it hands
+    the run to a cluster elsewhere, and needs no GPU itself."""
     name = f"dray-{re.sub('[^a-z0-9]+', '-', job.spec.name.lower())}"[:52].strip("-")
     labels = {"app.kubernetes.io/name": "dray", "app.kubernetes.io/instance": name}
     security = {
@@ -40,7 +43,7 @@ def cron_job(job: LoadedJob, schedule: ScheduleSettings, image: str, command: Se
         "volumeMounts": [{"name": "job", "mountPath": "/etc/dray", "readOnly": True}],
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
-    if gpus := _gpus(job):
+    if not submits and (gpus := _gpus(job)):
         container["resources"] = {"limits": {"nvidia.com/gpu": gpus}}
     pod = {
         "restartPolicy": "Never",

@@ -72,13 +72,16 @@ class Pendulum(datetime):
         return self.astimezone(ZoneInfo(name))
 
 
-@pytest.mark.parametrize(
+ADDRESSES = pytest.mark.parametrize(
     ("address", "verb"),
     [
         (None, ["run", "--quiet"]),
         ("http://head:8265", ["submit", "--follow", "--address", "http://head:8265"]),
     ],
 )
+
+
+@ADDRESSES
 def test_the_airflow_dag_compiles_and_its_command_keeps_every_word_whole(
     call: Call, address: str | None, verb: list[str]
 ) -> None:
@@ -118,7 +121,11 @@ def test_the_crontab_line_keeps_every_word_whole(call: Call, overlap: str, tmp_p
     assert ("flock -n " in command) == (overlap == "skip")
 
 
-def test_the_kubernetes_cronjob_carries_the_whole_job(call: Call, tmp_path: Path) -> None:
+@ADDRESSES
+def test_the_kubernetes_cronjob_carries_the_whole_job(
+    call: Call, tmp_path: Path, address: str | None, verb: list[str]
+) -> None:
+    call = replace(call, address=address)
     config, cron = yaml.safe_load_all(EXPORTS["kubernetes"](job(cron="30 0 * * 1,7"), call))
     assert (config["kind"], cron["kind"]) == ("ConfigMap", "CronJob")
     inside = tmp_path / "job.yaml"
@@ -128,8 +135,11 @@ def test_the_kubernetes_cronjob_carries_the_whole_job(call: Call, tmp_path: Path
     spec = cron["spec"]
     assert (spec["schedule"], spec["timeZone"]) == ("30 0 * * 1,0", "Europe/Berlin")
     container = spec["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
-    assert container["command"] == [call.dray, "run", "--quiet", "/etc/dray/job.yaml"]
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+    assert container["command"] == [call.dray, *verb, "/etc/dray/job.yaml"]
+    if address is None:
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+    else:
+        assert "resources" not in container  # the GPUs are the cluster's
     assert cron["metadata"]["name"] == "dray-daily-job-1"
 
 
