@@ -18,15 +18,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from jobs.ledger import new_run_id
 from jobs.loading import LoadedJob
 from jobs.lock import OutputLock
+from jobs.references import MASK, is_one_reference, is_secret_name, masked
 from jobs.schedule import ScheduleSettings
 from jobs.schedule_log import By, ScheduleLog
 from pipelines.code import code_path
@@ -61,8 +64,10 @@ class Runs:
         return ["run", "--quiet", f"--date={date}", "--", self.target, *self.overrides]
 
     def shown(self, moment: datetime) -> str:
-        """The command for people, and for their shells."""
-        return shlex.join(["dray", *self.arguments(moment)])
+        """The command for people and records: what may be a secret in its overrides is masked."""
+        return shlex.join(
+            ["dray", *replace(self, overrides=tuple(map(_masked, self.overrides))).arguments(moment)]
+        )
 
     def start(self, moment: datetime) -> subprocess.Popen[bytes]:
         """The same Dray as this one, never one of the working directory (`-P`). It ends when this process is killed.
@@ -110,6 +115,22 @@ class Signals:
         self.asked.set()
         if self.run is not None and self.run.poll() is None:
             self.run.send_signal(signal.SIGTERM)
+
+
+def _masked(override: str) -> str:
+    """`KEY=VALUE` with the mask for a value that may hold a secret; a reference without a default stays."""
+    key, equals, value = override.partition("=")
+    path = key.split(".")
+    if path[0] in ("prompt", "sampling") or (is_one_reference(value) and ":-" not in value):
+        return override
+    secret = "storage_options" in override or is_secret_name(path[-1])
+    if not secret:
+        try:
+            given = yaml.safe_load(value)
+            secret = masked(given, path[-1]) != given
+        except yaml.YAMLError:
+            secret = True
+    return f"{key}{equals}{MASK}" if secret else override
 
 
 def schedule_of(job: LoadedJob) -> ScheduleSettings:

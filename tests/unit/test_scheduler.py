@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import signal
 import subprocess
 from collections import deque
@@ -222,6 +224,39 @@ def test_every_time_is_run_or_left_out(missed: Any, ages: list[int]) -> None:
     elif missed == "run_once":
         assert bool(wanted) == bool(times)  # the latest one is always run
         assert not times or times[-1] not in come.left_out
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "output.storage_options.sas=hush",
+        "output.storage_options={client_kwargs: {x: hush}}",
+        "output={path: s3://b/, storage_options: {sas: hush}}",
+        "model.hf_token=hush",
+        "model.env={HF_TOKEN: hush}",
+        "model.env=[{HF_TOKEN: hush}]",
+        "model.hf_token=${env:HF_TOKEN:-hush}",
+        "input.path=ftp://me:hush@host/x",
+    ],
+)
+def test_secrets_in_overrides_are_neither_recorded_nor_printed(tmp_path: Path, override: str) -> None:
+    plain = (
+        "prompt.template={{ x }}",
+        "pool.replicas=2",
+        "model.env={A: b}",
+        "model.hf_token=${env:HF_TOKEN}",
+    )
+    runs = Scripts(target="j.yaml", folder=tmp_path, line="exit 1", overrides=(*plain, override))
+    run_until_stopped(tmp_path, runs, *minutes(0), *[minutes(0.6)[0]] * 60, stop)
+    storage = ScheduleLog.of(job(tmp_path)).storage
+    (name,) = [item.name for item in storage.list() if ".started-" in item.name]
+    command = shlex.split(json.loads(storage.read(name))["command"])
+    assert command[-5:-1] == list(plain)
+    assert command[-1] == f"{override.partition('=')[0]}=***"
+    with pytest.raises(JobError) as raised:
+        backfill(job(tmp_path, cron="0 2 * * *"), runs, first=START - timedelta(days=400), last=START)
+    assert "hush" not in str(raised.value)
+    assert override in runs.arguments(START)  # the run itself has them
 
 
 def test_records_lie_above_the_dates_and_are_told_from_the_output(tmp_path: Path) -> None:
