@@ -4,7 +4,7 @@
     20261122T010000Z.schedule.started-1795309200123.json    a run began (the number makes attempts distinct)
     20261122T010000Z.schedule.done.json                     it succeeded
     20261122T010000Z.schedule.failed-1795312800456.json     it ended with another exit code
-    20261123T010000Z.schedule.skipped.json                  no run: overlap or missed, as the record says
+    20261123T010000Z.schedule.skipped.json                  no run: overlap or missed, as the record says; or the schedule begins
     20261101T010000Z.backfill.done.json                     the same by `dray schedule backfill`
 
 A time that is only `waiting` or `started` was left by a scheduler that ended; the next one takes it up. Where `output.path` has run variables each time has an

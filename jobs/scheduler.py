@@ -202,7 +202,11 @@ class _Loop:
         records = log.read()
         self.waiting = deque(moment.astimezone(schedule.zone) for moment in records.unsettled)
         self.running: datetime | None = None
-        self.seen = records.last or clock()
+        last = records.last
+        if last is None:  # so that a scheduler after this one knows what it has missed, from now on
+            last = clock().replace(microsecond=0)
+            log.append(last, "schedule", "skipped", why="schedule begins")
+        self.seen = last
         """All times up to this one are dealt with, or wait."""
         for moment in self.waiting:
             self.notify(f"{self._named(moment)}: was not finished, is taken up")

@@ -140,6 +140,17 @@ def test_missed_times(tmp_path: Path, missed: str, expected: list[str]) -> None:
     assert runs.begun == expected
 
 
+def test_times_are_missed_from_the_first_scheduler_on(tmp_path: Path) -> None:
+    runs = Scripts(target="j.yaml", folder=tmp_path)
+    run_until_stopped(tmp_path, runs, *minutes(0, 0, 0), stop)
+    log = ScheduleLog.of(job(tmp_path))
+    assert log.read().last == START
+    settled: Callable[[], bool] = lambda: len(runs.begun) == 2 and not log.read().unsettled  # noqa: E731
+    every = {"missed": "run_all", "cron": "0,1,2 * * * *"}
+    run_until_stopped(tmp_path, runs, *minutes(3, 3, 3), settled, stop, **every)
+    assert runs.begun == ["2026-11-22T12:01", "2026-11-22T12:02"]  # 12:00 was before
+
+
 @pytest.mark.parametrize(
     ("overlap", "expected"),
     [("skip", ["12:01", "12:04"]), ("queue", ["12:01", "12:02", "12:03", "12:04"])],
