@@ -30,10 +30,10 @@ from jobs.ledger import new_run_id
 from jobs.loading import LoadedJob
 from jobs.lock import OutputLock
 from jobs.references import MASK, is_one_reference, is_secret_name, masked
-from jobs.schedule import ScheduleSettings
+from jobs.schedule import ScheduleSettings, id_of
 from jobs.schedule_log import By, ScheduleLog
 from pipelines.code import code_path
-from pipelines.errors import Interrupted, OutputLocked, SpecError
+from pipelines.errors import DrayError, Interrupted, OutputLocked, SpecError, TransientStorageError
 
 #: A time that is older than this when it is seen was missed: this process, or the machine, was not there for it.
 MISSED_S = 60.0
@@ -214,13 +214,27 @@ class _Loop:
     def for_ever(self) -> None:
         while not self.signals.asked.is_set():
             self.lock.check()
-            self._look_after_run()
-            self._take_up(self.clock())
-            if self.running is None and self.waiting:
-                self._start(self.waiting.popleft())
-            self.signals.wait(self._pause_s())
+            try:
+                self._look_after_run()
+                self._take_up(self.clock())
+                if self.running is None and self.waiting:
+                    self._start(self.waiting[0])
+                    self.waiting.popleft()
+            except (
+                TransientStorageError
+            ) as error:  # the run goes on; what was not written down is taken up anew
+                self.notify(f"{error}; trying on")
+                self.signals.wait(SLEEP_S)
+            else:
+                self.signals.wait(self._pause_s())
         while self.running is not None:
-            self._look_after_run()
+            try:
+                self._look_after_run()
+            except DrayError as error:
+                self.notify(
+                    f"{self._named(self.running)}: its end is not written down, so it is run again: {error}"
+                )
+                break
             time.sleep(TICK_S)
         raise Interrupted(f"stopped by {self.signals.name}; start it again to go on with the schedule")
 
@@ -228,9 +242,10 @@ class _Loop:
         times = due(self.schedule, self.seen, now)
         if not times:
             return
-        self.seen = times[-1]
         records = self.log.read()
-        come = sort_out(self.schedule, [moment for moment in times if not records.is_done(moment)], now)
+        queued = {id_of(moment) for moment in self.waiting}  # by a look that a fault of the store cut short
+        new = [moment for moment in times if id_of(moment) not in queued and not records.is_done(moment)]
+        come = sort_out(self.schedule, new, now)
         if come.left_out:
             first, last = come.left_out[0], come.left_out[-1]
             # One record for all of them: the last one tells a later scheduler where to go on.
@@ -254,6 +269,7 @@ class _Loop:
             else:
                 self.log.append(moment, "schedule", "skipped", why="overlap", running=before.isoformat())
                 self.notify(f"{self._named(moment)}: left out, that of {self._named(before)} still runs")
+        self.seen = times[-1]
 
     def _queue(self, moment: datetime) -> None:
         self.log.append(moment, "schedule", "waiting")

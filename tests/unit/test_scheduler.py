@@ -24,7 +24,14 @@ from jobs.lock import OutputLock
 from jobs.schedule import ScheduleSettings, id_of
 from jobs.schedule_log import ScheduleLog
 from jobs.scheduler import Runs, run_schedule, sort_out
-from pipelines.errors import Interrupted, JobError, OutputLocked, SpecError
+from pipelines.errors import (
+    Interrupted,
+    JobError,
+    OutputLocked,
+    SpecError,
+    StorageError,
+    TransientStorageError,
+)
 from pipelines.storage import Storage
 
 pytestmark = pytest.mark.slow
@@ -193,6 +200,53 @@ def test_a_failed_run_is_written_down_and_the_schedule_goes_on(tmp_path: Path) -
     lines = run_until_stopped(tmp_path, runs, *steps, settled, stop, overlap="queue")
     assert next(line for line in lines if "failed" in line) == "2026-11-22T12:01+00:00: failed"
     assert not log.read().is_done(minutes(0.5)[0])
+
+
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_a_fault_of_the_store_neither_ends_the_run_nor_loses_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    line = 'trap "touch \\"$folder/hit\\"; exit 130" TERM; until test -e "$folder/go"; do sleep 0.01; done'
+    runs = Scripts(target="j.yaml", folder=tmp_path, line=line)
+    append, calls = ScheduleLog.append, 0
+
+    def faulty(self: ScheduleLog, *args: Any, **fields: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % every == 0:
+            raise TransientStorageError("the store does not answer")
+        append(self, *args, **fields)
+
+    monkeypatch.setattr(ScheduleLog, "append", faulty)
+    log = ScheduleLog.of(job(tmp_path))
+    steps: list[Any] = [*minutes(0), *[minutes(0.6)[0]] * 9, *[minutes(1.6)[0]] * 9, (tmp_path / "go").touch]
+    settled: Callable[[], bool] = lambda: len(runs.begun) == 2 and not log.read().unsettled  # noqa: E731
+    lines = run_until_stopped(tmp_path, runs, *steps, settled, stop, overlap="queue")
+    assert "the store does not answer; trying on" in lines
+    assert runs.begun == ["2026-11-22T12:01", "2026-11-22T12:02"]
+    assert not (tmp_path / "hit").exists()
+
+
+def test_an_end_that_cannot_be_written_down_does_not_hide_the_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Scripts(
+        target="j.yaml",
+        folder=tmp_path,
+        line='trap "exit 0" TERM; touch "$folder/up"; while :; do sleep 0.01; done',
+    )
+    append = ScheduleLog.append
+
+    def faulty(self: ScheduleLog, moment: datetime, by: Any, state: Any, **fields: Any) -> None:
+        if state == "done":
+            raise StorageError("permission denied")
+        append(self, moment, by, state, **fields)
+
+    monkeypatch.setattr(ScheduleLog, "append", faulty)
+    lines = run_until_stopped(tmp_path, runs, *minutes(0, 0.6), (tmp_path / "up").exists, stop)
+    assert lines[-1] == (
+        "2026-11-22T12:01+00:00: its end is not written down, so it is run again: permission denied"
+    )
 
 
 def test_of_two_schedulers_the_second_is_refused(tmp_path: Path) -> None:
