@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -19,6 +20,7 @@ from jobs.ledger import Ledger, new_run_id, read_runs
 from jobs.loading import load
 from jobs.lock import LOCK_NAME, OutputLock
 from jobs.metering import Meter, Usage, gpu_seconds_of_parts
+from jobs.output import SPEC
 from jobs.shared_ledger import Announcer, announcer, record_name
 from jobs.team_runs import parse_since, team_runs
 from pipelines.contracts import Provenance
@@ -268,6 +270,34 @@ def test_a_run_without_an_end_is_running_lost_or_unknown(tmp_path: Path, ledger:
         beating.set()
         thread.join()
     assert run.state == "running"
+
+
+@pytest.mark.parametrize(
+    ("host", "claimed", "state"),
+    [
+        ("far", False, "unknown"),
+        ("far", True, "lost"),
+        (socket.gethostname(), False, "lost"),
+        (None, False, "lost"),
+    ],
+)
+def test_a_folder_of_another_host_that_is_not_here_tells_nothing(
+    tmp_path: Path, ledger: Storage, host: str | None, claimed: bool, state: str
+) -> None:
+    run_id, output = "20260101T000000-aaaaaa", Storage(str(tmp_path / "out"))
+    record = {
+        "run_id": run_id,
+        "job": "j",
+        "output": output.url(),
+        "user": "u",
+        "command": "run",
+        "started_at": 1.0,
+    }
+    ledger.create(record_name(run_id, "start"), json.dumps({**record, "host": host}).encode())
+    if claimed:
+        output.write(SPEC, b"{}")
+    (run,) = team_runs(ledger)
+    assert run.state == state
 
 
 def fill(ledger: Storage) -> None:
