@@ -2,7 +2,7 @@
 
 The interval of a total is the bootstrap-t (Efron & Tibshirani, An Introduction to the Bootstrap, §12.5) of the mean with the
 finite-population correction: lengths of prompts and answers are skewed, which the plain mean ± t·s/√n is blind to. Of ten
-values or fewer it is that one all the same: resamples of so few say too little (those of two nothing at all).
+values or fewer resamples say too little (those of two nothing at all): there it reaches as far as either of the two.
 """
 
 from __future__ import annotations
@@ -55,12 +55,11 @@ def total_of(values: npt.NDArray[np.float64], population: int, seed: int = 0) ->
     error = spread / math.sqrt(n) * math.sqrt(1 - n / population)
     if error == 0.0:
         return Interval(mean * population, mean * population, mean * population)
-    if n - 1 in _T:
-        half = _T[n - 1] * error
-        return Interval(mean * population, max((mean - half) * population, seen), (mean + half) * population)
     # t of a resample: how far its mean is from the sample's, in its own standard errors.
     t = _resampled_t(values, mean, np.random.default_rng(seed))
     low, high = mean - float(np.quantile(t, 0.975)) * error, mean - float(np.quantile(t, 0.025)) * error
+    if n - 1 in _T:
+        low, high = min(low, mean - _T[n - 1] * error), max(high, mean + _T[n - 1] * error)
     return Interval(mean * population, max(low * population, seen), max(high * population, seen))
 
 
