@@ -16,6 +16,7 @@ from zoneinfo import ZoneInfo
 import jinja2
 import pytest
 import yaml
+from cronsim import CronSim
 
 from jobs.export import EXPORTS, Call
 from jobs.loading import LoadedJob, load
@@ -141,6 +142,26 @@ def test_the_kubernetes_cronjob_carries_the_whole_job(
     else:
         assert "resources" not in container  # the GPUs are the cluster's
     assert cron["metadata"]["name"] == "dray-daily-job-1"
+
+
+@pytest.mark.parametrize(
+    ("weekdays", "expected"),
+    [
+        ("5-7", "5,6,0"),
+        ("fri-7", "5,6,0"),
+        ("0-2,5-7,7", "0,1,2,5,6"),
+        ("1-7/2", "1,3,5,0"),
+        ("5/2", "5,0"),  # of Kubernetes' weekdays, 0 to 6, only the 5th
+        ("0-7", "0,1,2,3,4,5,6"),
+        ("mon-fri", "mon-fri"),
+        ("*/2", "*/2"),
+    ],
+)
+def test_the_weekdays_of_a_cronjob_end_with_six(call: Call, weekdays: str, expected: str) -> None:
+    _, cron = yaml.safe_load_all(EXPORTS["kubernetes"](job(cron=f"30 0 * * {weekdays}"), call))
+    assert cron["spec"]["schedule"] == f"30 0 * * {expected}"
+    ours, theirs = (CronSim(f"30 0 * * {days}", datetime(2026, 1, 1)) for days in (weekdays, expected))
+    assert [next(ours) for _ in range(20)] == [next(theirs) for _ in range(20)]
 
 
 def test_what_a_scheduler_cannot_do_is_refused(call: Call) -> None:
