@@ -13,7 +13,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -88,7 +87,8 @@ class Signals:
     """SIGINT and SIGTERM, for a loop that looks at them; each is passed on to the run that goes on, if any."""
 
     def __init__(self) -> None:
-        self.asked = threading.Event()
+        self.asked = False
+        """Plain: a lock that this thread holds while it sleeps would stop the handler for good."""
         self.name = ""
         self.run: subprocess.Popen[bytes] | None = None
 
@@ -107,12 +107,14 @@ class Signals:
                 self.run.wait()
 
     def wait(self, seconds: float) -> None:
-        """Sleep; less where a signal comes."""
-        self.asked.wait(seconds)
+        """Sleep; at most `TICK_S` more once a signal comes."""
+        until = time.monotonic() + seconds
+        while not self.asked and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, TICK_S))
 
     def _heard(self, number: int, frame: Any) -> None:
         self.name = signal.Signals(number).name
-        self.asked.set()
+        self.asked = True
         if self.run is not None and self.run.poll() is None:
             self.run.send_signal(signal.SIGTERM)
 
@@ -212,7 +214,7 @@ class _Loop:
             self.notify(f"{self._named(moment)}: was not finished, is taken up")
 
     def for_ever(self) -> None:
-        while not self.signals.asked.is_set():
+        while not self.signals.asked:
             self.lock.check()
             try:
                 self._look_after_run()
@@ -279,14 +281,14 @@ class _Loop:
         self.log.append(moment, "schedule", "started", command=self.runs.shown(moment))
         self.notify(f"{self._named(moment)}: begins")
         self.running, self.signals.run = moment, self.runs.start(moment)
-        if self.signals.asked.is_set():  # between the last look and the start
+        if self.signals.asked:  # between the last look and the start
             self.signals.run.terminate()
 
     def _look_after_run(self) -> None:
         run = self.signals.run
         if self.running is None or run is None or (code := run.poll()) is None:
             return
-        settle(self.log, self.running, "schedule", code, stopped=self.signals.asked.is_set())
+        settle(self.log, self.running, "schedule", code, stopped=self.signals.asked)
         self.notify(f"{self._named(self.running)}: {ended(code)}")
         self.running = None
 

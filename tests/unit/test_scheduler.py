@@ -6,6 +6,8 @@ import json
 import shlex
 import signal
 import subprocess
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -249,6 +251,21 @@ def test_an_end_that_cannot_be_written_down_does_not_hide_the_stop(
     )
 
 
+def test_a_signal_ends_a_sleep_and_waits_for_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "TICK_S", 0.2)
+    with scheduler.Signals().taken() as signals:
+        assert (
+            signals.asked is False
+        )  # an event's lock may be held by the very thread that the handler interrupts
+        sender = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGTERM))
+        sender.start()
+        began = time.monotonic()
+        signals.wait(30)
+        assert time.monotonic() - began < 5
+        assert signals.asked is True
+        sender.join()
+
+
 def test_of_two_schedulers_the_second_is_refused(tmp_path: Path) -> None:
     held = ScheduleLog.of(job(tmp_path)).storage
     with (
@@ -331,3 +348,25 @@ def test_records_lie_above_the_dates_and_are_told_from_the_output(tmp_path: Path
     assert ScheduleLog.of(one).storage.root == "s3://b/out/.dray/schedule/nightly"
     by_date = load({**made.raw, "output": {"path": "s3://b/${env:TEAM:-x}/d-${run.date}/h=${run.hour}"}})
     assert ScheduleLog.of(by_date).storage.root == "s3://b/x/.dray/schedule/nightly"
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("/${run.date}/x", "/"),
+        ("/o-${run.date}", "/"),
+        ("file:///${run.date}/x", "/"),
+        ("/data/${run.date}", "/data/"),
+        ("s3://b/${run.date}/", "s3://b/"),
+        ("s3://b/d-${run.date}", "s3://b/"),
+        ("s3://b-${run.date}/x", None),
+        ("s3://${run.date}/x/", None),
+    ],
+)
+def test_records_of_a_run_variable_in_the_first_part(tmp_path: Path, path: str, place: str | None) -> None:
+    made = load({**job(tmp_path).raw, "output": {"path": path}})
+    if place is None:
+        with pytest.raises(SpecError, match=r"output\.path: .* has a run variable in its bucket's name"):
+            ScheduleLog.of(made)
+    else:
+        assert ScheduleLog.of(made).storage.root == f"{place}.dray/schedule/nightly"
