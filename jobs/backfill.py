@@ -38,12 +38,12 @@ def backfill(
             notify(f"{name}: begins ({number} of {len(left)})")
             log.append(moment, "backfill", "started")
             signals.run = runs.start(moment)
-            if signals.asked.is_set():
+            if signals.asked:
                 signals.run.terminate()
             code = signals.run.wait()
-            settle(log, moment, "backfill", code, stopped=signals.asked.is_set())
+            settle(log, moment, "backfill", code, stopped=signals.asked)
             notify(f"{name}: {ended(code)}")
-            if signals.asked.is_set():
+            if signals.asked:
                 raise Interrupted(f"stopped by {signals.name}; the same command takes up the rest")
             if code != 0:
                 raise JobError(

@@ -146,10 +146,11 @@ def _extrapolated(
     assert pool.engines_per_gpu != "auto"
     count, hours = pool.most_engines, 1 / 3600
     gpus = spec.model.gpus_per_engine / pool.engines_per_gpu if engines.hardware.gpus else 0.0
-    through = sample.population != sample.rows_read  # the filter's share is known, not sampled
+    # The filter's share is known, not sampled, where the input was read through, and where there is none.
+    known = spec.input.filter is None or sample.population != sample.rows_read
     kept = (
         Interval(*[float(sample.population)] * 3)
-        if through
+        if known
         else share_of(len(sample.table), sample.drawn, sample.population).apply(
             lambda x: x * sample.rows_read
         )

@@ -211,7 +211,7 @@ def kubernetes(job: LoadedJob, call: Call) -> str:
             f"{job.where('schedule.overlap')}: schedule.overlap: a CronJob cannot queue; give schedule.overlap=skip "
             "to this command, or use another scheduler"
         )
-    return cron_job(job, schedule, call.image, call.command)
+    return cron_job(job, schedule, call.image, call.command, submits=call.address is not None)
 
 
 EXPORTS: dict[str, Callable[[LoadedJob, Call], str]] = {

@@ -21,9 +21,14 @@ _HEADER = """\
 #: Past starts that Kubernetes still makes up for, by `schedule.missed`; it makes up for the latest one only.
 _MAKE_UP_S = {"skip": 60, "run_once": 86_400, "run_all": 86_400}
 
+_WEEKDAYS = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")
 
-def cron_job(job: LoadedJob, schedule: ScheduleSettings, image: str, command: Sequence[str]) -> str:
-    """Two YAML documents. `command`: the program with its options, to which the job file is added."""
+
+def cron_job(
+    job: LoadedJob, schedule: ScheduleSettings, image: str, command: Sequence[str], *, submits: bool
+) -> str:
+    """Two YAML documents. `command`: the program with its options, to which the job file is added; `submits`: it hands
+    the run to a cluster elsewhere, and needs no GPU itself."""
     name = f"dray-{re.sub('[^a-z0-9]+', '-', job.spec.name.lower())}"[:52].strip("-")
     labels = {"app.kubernetes.io/name": "dray", "app.kubernetes.io/instance": name}
     security = {
@@ -40,7 +45,7 @@ def cron_job(job: LoadedJob, schedule: ScheduleSettings, image: str, command: Se
         "volumeMounts": [{"name": "job", "mountPath": "/etc/dray", "readOnly": True}],
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
-    if gpus := _gpus(job):
+    if not submits and (gpus := _gpus(job)):
         container["resources"] = {"limits": {"nvidia.com/gpu": gpus}}
     pod = {
         "restartPolicy": "Never",
@@ -98,11 +103,24 @@ def _without_extends(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cron_of(cron: str) -> str:
-    """Kubernetes' weekdays end with 6: its Sunday is 0 only."""
-    *fields, weekday = cron.split()
-    if re.fullmatch(r"[0-7,]+", weekday):
-        weekday = weekday.replace("7", "0")
-    return " ".join([*fields, weekday])
+    """Kubernetes' weekdays end with 6, its Sunday is 0 only: those that reach to 7 are listed one by one."""
+    *fields, weekdays = cron.split()
+    if not re.search(r"7|\w/", weekdays):
+        return cron
+    days: dict[str, None] = {}  # a set that keeps its order
+    for part in weekdays.upper().split(","):
+        if part.startswith("*"):
+            days[part] = None
+            continue
+        span, _, step = part.partition("/")
+        first, _, last = span.partition("-")
+        end = _weekday(last) if last else 7 if step else _weekday(first)
+        days |= {str(day % 7): None for day in range(_weekday(first), end + 1, int(step or 1))}
+    return " ".join([*fields, ",".join(days)])
+
+
+def _weekday(name: str) -> int:
+    return int(name) if name.isdigit() else _WEEKDAYS.index(name)
 
 
 def _gpus(job: LoadedJob) -> int | None:

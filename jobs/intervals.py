@@ -1,7 +1,8 @@
 """95 % intervals of totals over a finite population, from a simple random sample without replacement.
 
 The interval of a total is the bootstrap-t (Efron & Tibshirani, An Introduction to the Bootstrap, §12.5) of the mean with the
-finite-population correction: lengths of prompts and answers are skewed, which the plain mean ± t·s/√n is blind to.
+finite-population correction: lengths of prompts and answers are skewed, which the plain mean ± t·s/√n is blind to. Of ten
+values or fewer resamples say too little (those of two nothing at all): there it reaches as far as either of the two.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy.typing as npt
 _RESAMPLES = 1000
 _CHUNK = 100
 _Z = 1.96
-#: Student's t, 97.5 %, by degrees of freedom: for means of a few windows.
+#: Student's t, 97.5 %, by degrees of freedom: for means of a few.
 _T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
@@ -57,6 +58,8 @@ def total_of(values: npt.NDArray[np.float64], population: int, seed: int = 0) ->
     # t of a resample: how far its mean is from the sample's, in its own standard errors.
     t = _resampled_t(values, mean, np.random.default_rng(seed))
     low, high = mean - float(np.quantile(t, 0.975)) * error, mean - float(np.quantile(t, 0.025)) * error
+    if n - 1 in _T:
+        low, high = min(low, mean - _T[n - 1] * error), max(high, mean + _T[n - 1] * error)
     return Interval(mean * population, max(low * population, seen), max(high * population, seen))
 
 

@@ -4,7 +4,7 @@
     20261122T010000Z.schedule.started-1795309200123.json    a run began (the number makes attempts distinct)
     20261122T010000Z.schedule.done.json                     it succeeded
     20261122T010000Z.schedule.failed-1795312800456.json     it ended with another exit code
-    20261123T010000Z.schedule.skipped.json                  no run: overlap or missed, as the record says
+    20261123T010000Z.schedule.skipped.json                  no run: overlap or missed, as the record says; or the schedule begins
     20261101T010000Z.backfill.done.json                     the same by `dray schedule backfill`
 
 A time that is only `waiting` or `started` was left by a scheduler that ended; the next one takes it up. Where `output.path` has run variables each time has an
@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from jobs.loading import LoadedJob
 from jobs.schedule import id_of, moment_of
+from pipelines.errors import SpecError
 from pipelines.storage import Storage
 
 By = Literal["schedule", "backfill"]
@@ -69,7 +70,7 @@ class ScheduleLog:
     def of(cls, job: LoadedJob) -> ScheduleLog:
         """That of a job, wherever its date takes its output."""
         options = job.spec.output.storage_options
-        return cls(Storage(f"{_common_output(job).rstrip('/')}/.dray/schedule/{job.spec.name}", options))
+        return cls(Storage(f"{_common_output(job)}/.dray/schedule/{job.spec.name}", options))
 
     def append(self, moment: datetime, by: By, state: State, **fields: Any) -> None:
         """Write one record; a second `done` or `skipped` of the same time leaves the first."""
@@ -94,8 +95,21 @@ class ScheduleLog:
 
 
 def _common_output(job: LoadedJob) -> str:
-    """`output.path`, or the folder that all of its dates are below."""
+    """`output.path`, or the folder that all of its dates are below; without a slash at its end.
+
+    Raises SpecError where a run variable is part of a bucket's name: its dates have nothing in common.
+    """
     written = job.unfilled.get(("output", "path"))
     if written is None:
-        return job.spec.output.path
-    return str(written).partition("${run.")[0].rpartition("/")[0] or "."
+        return job.spec.output.path.rstrip("/")
+    before = str(written).partition("${run.")[0]
+    scheme, separator, path = before.rpartition("://")
+    if "/" not in path and not separator:
+        return "."
+    folder = path.rpartition("/")[0].rstrip("/")
+    if separator and not folder and scheme not in ("file", "local"):
+        raise SpecError(
+            f"{job.where('output.path')}: output.path: {written} has a run variable in its bucket's name, so the schedule's "
+            "records have no place that is the same for each run; put the variable after the bucket"
+        )
+    return f"{scheme}{separator}{folder}"

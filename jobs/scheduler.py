@@ -13,24 +13,26 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from jobs.ledger import new_run_id
 from jobs.loading import LoadedJob
 from jobs.lock import OutputLock
-from jobs.schedule import ScheduleSettings
+from jobs.references import MASK, is_one_reference, is_secret_name, masked
+from jobs.schedule import ScheduleSettings, id_of
 from jobs.schedule_log import By, ScheduleLog
 from pipelines.code import code_path
-from pipelines.errors import Interrupted, OutputLocked, SpecError
+from pipelines.errors import DrayError, Interrupted, OutputLocked, SpecError, TransientStorageError
 
 #: A time that is older than this when it is seen was missed: this process, or the machine, was not there for it.
 MISSED_S = 60.0
@@ -61,8 +63,10 @@ class Runs:
         return ["run", "--quiet", f"--date={date}", "--", self.target, *self.overrides]
 
     def shown(self, moment: datetime) -> str:
-        """The command for people, and for their shells."""
-        return shlex.join(["dray", *self.arguments(moment)])
+        """The command for people and records: what may be a secret in its overrides is masked."""
+        return shlex.join(
+            ["dray", *replace(self, overrides=tuple(map(_masked, self.overrides))).arguments(moment)]
+        )
 
     def start(self, moment: datetime) -> subprocess.Popen[bytes]:
         """The same Dray as this one, never one of the working directory (`-P`). It ends when this process is killed.
@@ -83,7 +87,8 @@ class Signals:
     """SIGINT and SIGTERM, for a loop that looks at them; each is passed on to the run that goes on, if any."""
 
     def __init__(self) -> None:
-        self.asked = threading.Event()
+        self.asked = False
+        """Plain: a lock that this thread holds while it sleeps would stop the handler for good."""
         self.name = ""
         self.run: subprocess.Popen[bytes] | None = None
 
@@ -102,14 +107,32 @@ class Signals:
                 self.run.wait()
 
     def wait(self, seconds: float) -> None:
-        """Sleep; less where a signal comes."""
-        self.asked.wait(seconds)
+        """Sleep; at most `TICK_S` more once a signal comes."""
+        until = time.monotonic() + seconds
+        while not self.asked and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, TICK_S))
 
     def _heard(self, number: int, frame: Any) -> None:
         self.name = signal.Signals(number).name
-        self.asked.set()
+        self.asked = True
         if self.run is not None and self.run.poll() is None:
             self.run.send_signal(signal.SIGTERM)
+
+
+def _masked(override: str) -> str:
+    """`KEY=VALUE` with the mask for a value that may hold a secret; a reference without a default stays."""
+    key, equals, value = override.partition("=")
+    path = key.split(".")
+    if path[0] in ("prompt", "sampling") or (is_one_reference(value) and ":-" not in value):
+        return override
+    secret = "storage_options" in override or is_secret_name(path[-1])
+    if not secret:
+        try:
+            given = yaml.safe_load(value)
+            secret = masked(given, path[-1]) != given
+        except yaml.YAMLError:
+            secret = True
+    return f"{key}{equals}{MASK}" if secret else override
 
 
 def schedule_of(job: LoadedJob) -> ScheduleSettings:
@@ -181,21 +204,39 @@ class _Loop:
         records = log.read()
         self.waiting = deque(moment.astimezone(schedule.zone) for moment in records.unsettled)
         self.running: datetime | None = None
-        self.seen = records.last or clock()
+        last = records.last
+        if last is None:  # so that a scheduler after this one knows what it has missed, from now on
+            last = clock().replace(microsecond=0)
+            log.append(last, "schedule", "skipped", why="schedule begins")
+        self.seen = last
         """All times up to this one are dealt with, or wait."""
         for moment in self.waiting:
             self.notify(f"{self._named(moment)}: was not finished, is taken up")
 
     def for_ever(self) -> None:
-        while not self.signals.asked.is_set():
+        while not self.signals.asked:
             self.lock.check()
-            self._look_after_run()
-            self._take_up(self.clock())
-            if self.running is None and self.waiting:
-                self._start(self.waiting.popleft())
-            self.signals.wait(self._pause_s())
+            try:
+                self._look_after_run()
+                self._take_up(self.clock())
+                if self.running is None and self.waiting:
+                    self._start(self.waiting[0])
+                    self.waiting.popleft()
+            except (
+                TransientStorageError
+            ) as error:  # the run goes on; what was not written down is taken up anew
+                self.notify(f"{error}; trying on")
+                self.signals.wait(SLEEP_S)
+            else:
+                self.signals.wait(self._pause_s())
         while self.running is not None:
-            self._look_after_run()
+            try:
+                self._look_after_run()
+            except DrayError as error:
+                self.notify(
+                    f"{self._named(self.running)}: its end is not written down, so it is run again: {error}"
+                )
+                break
             time.sleep(TICK_S)
         raise Interrupted(f"stopped by {self.signals.name}; start it again to go on with the schedule")
 
@@ -203,9 +244,10 @@ class _Loop:
         times = due(self.schedule, self.seen, now)
         if not times:
             return
-        self.seen = times[-1]
         records = self.log.read()
-        come = sort_out(self.schedule, [moment for moment in times if not records.is_done(moment)], now)
+        queued = {id_of(moment) for moment in self.waiting}  # by a look that a fault of the store cut short
+        new = [moment for moment in times if id_of(moment) not in queued and not records.is_done(moment)]
+        come = sort_out(self.schedule, new, now)
         if come.left_out:
             first, last = come.left_out[0], come.left_out[-1]
             # One record for all of them: the last one tells a later scheduler where to go on.
@@ -229,6 +271,7 @@ class _Loop:
             else:
                 self.log.append(moment, "schedule", "skipped", why="overlap", running=before.isoformat())
                 self.notify(f"{self._named(moment)}: left out, that of {self._named(before)} still runs")
+        self.seen = times[-1]
 
     def _queue(self, moment: datetime) -> None:
         self.log.append(moment, "schedule", "waiting")
@@ -238,14 +281,14 @@ class _Loop:
         self.log.append(moment, "schedule", "started", command=self.runs.shown(moment))
         self.notify(f"{self._named(moment)}: begins")
         self.running, self.signals.run = moment, self.runs.start(moment)
-        if self.signals.asked.is_set():  # between the last look and the start
+        if self.signals.asked:  # between the last look and the start
             self.signals.run.terminate()
 
     def _look_after_run(self) -> None:
         run = self.signals.run
         if self.running is None or run is None or (code := run.poll()) is None:
             return
-        settle(self.log, self.running, "schedule", code, stopped=self.signals.asked.is_set())
+        settle(self.log, self.running, "schedule", code, stopped=self.signals.asked)
         self.notify(f"{self._named(self.running)}: {ended(code)}")
         self.running = None
 

@@ -3,7 +3,8 @@
     $DRAY_LEDGER/v1/<YYYYMMDD>/<run id>.start.json      when a run has its output's lock
     $DRAY_LEDGER/v1/<YYYYMMDD>/<run id>.end.json        when it ended
 
-`DRAY_LEDGER` is a folder or any fsspec URL; the day is the run id's (UTC). Objects are created once and never changed. The
+`DRAY_LEDGER` is a folder or any fsspec URL; the day is the run id's (UTC), or of an id of somebody else's the start's; such an id
+is percent-encoded. Objects are created once and never changed. The
 spec is not copied, nor messages, which may quote rows. Writing is done by a thread of its own; a ledger that cannot be
 written is a warning, and costs a run `CLOSE_S` seconds at most.
 """
@@ -20,10 +21,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from jobs.loading import LoadedJob
 from jobs.lock import current_user
@@ -39,6 +41,8 @@ LAYOUT = "v1"
 CLOSE_S = 3.0
 #: Seconds for which a passing fault of the ledger's store is tried again.
 PATIENCE_S = 10.0
+#: A submitted run has its id before it starts; it waits in a cluster's queue for no longer than this.
+QUEUED = timedelta(days=14)
 _USERINFO = re.compile(r"(?<=://)[^/@]*@")
 _RECORD = re.compile(rf"{LAYOUT}/\d{{8}}/(?P<run>[^/]+)\.(?P<event>start|end)\.json")
 
@@ -109,7 +113,7 @@ class Announcer:
             while (order := self._orders.get()) is not None:
                 event, record = order
                 data = json.dumps({**record, "git_commit": commit}, indent=1).encode()
-                storage.create(record_name(record["run_id"], event), data)
+                storage.create(record_name(record["run_id"], event, record["started_at"]), data)
         except Exception as error:  # noqa: BLE001 - whatever the store's library raises, the run is not to end of it
             log.warning(
                 "%s=%s: the shared ledger lacks this run: %s",
@@ -119,9 +123,12 @@ class Announcer:
             )
 
 
-def record_name(run_id: str, event: str) -> str:
-    """`v1/20261122/20261122T094512-3fa9c1.start.json`."""
-    return f"{LAYOUT}/{run_id[:8]}/{run_id}.{event}.json"
+def record_name(run_id: str, event: str, started_at: float) -> str:
+    """`v1/20261122/20261122T094512-3fa9c1.start.json`; `started_at` (Unix time) tells the day where the run id does not."""
+    from jobs.ledger import is_run_id
+
+    day = run_id[:8] if is_run_id(run_id) else f"{datetime.fromtimestamp(started_at, UTC):%Y%m%d}"
+    return f"{LAYOUT}/{day}/{quote(run_id, safe='')}.{event}.json"
 
 
 @cache
@@ -148,16 +155,19 @@ def git_commit() -> str | None:
 def read_records(
     storage: Storage, since: date | None, warn: Callable[[str], None]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Run id → `start` and `end` records of the days from `since` (UTC) on. `warn` gets a line per damaged record."""
+    """Run id → `start` and `end` records of the runs that started on `since` (UTC) or later, and of some before.
+
+    `warn` gets a line per damaged record.
+    """
     from jobs.books import each
 
-    first = f"{LAYOUT}/{since:%Y%m%d}" if since else LAYOUT
+    first = f"{LAYOUT}/{since - QUEUED:%Y%m%d}" if since else LAYOUT
     names = [item.name for item in storage.list(LAYOUT) if item.name >= first]
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name, record in each(names, lambda name: _read(storage, name, warn)):
         match = _RECORD.fullmatch(name)
         if record is not None and match is not None:
-            found.setdefault(match["run"], {})[match["event"]] = record
+            found.setdefault(record["run_id"], {})[match["event"]] = record
     return found
 
 
@@ -170,7 +180,7 @@ def _read(storage: Storage, name: str, warn: Callable[[str], None]) -> dict[str,
         record = json.loads(storage.read(name))
         known = all(isinstance(record[key], str) for key in ("run_id", "job", "output", "user", "command"))
         ended = match["event"] == "start" or isinstance(record["state"], str)
-        if known and ended and record["run_id"] == match["run"]:
+        if known and ended and record["run_id"] == unquote(match["run"]):
             return {**record, "started_at": float(record["started_at"])}
         why = "its keys have other values than a record's"
     except FileNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import socket
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from rich.table import Table
 from jobs.durations import seconds_of
 from jobs.lock import held_by
 from jobs.metering import Usage
+from jobs.output import SPEC
 from jobs.shared_ledger import read_records
 from pipelines.errors import DrayError, SpecError
 from pipelines.storage import Storage
@@ -97,6 +99,9 @@ def _alive(record: dict[str, Any]) -> str:
     try:
         storage = Storage(record["output"], patience_s=_PATIENCE_S)
         holder = held_by(storage)
+        elsewhere = storage.is_local and record.get("host") not in (None, socket.gethostname())
+        if holder is None and elsewhere and not storage.exists(SPEC):
+            return "unknown"  # a disk of the other host's
         if holder is None or holder.run_id != record["run_id"] or holder.is_dead():
             return "lost"
         if holder.is_here():

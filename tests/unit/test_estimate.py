@@ -156,6 +156,7 @@ def test_the_command_prints_a_table_and_writes_nothing(tmp_path: Path) -> None:
     as_json = CliRunner().invoke(main, ["estimate", str(tmp_path / "job.yaml"), "--rows", "50", "--json"])
     found = json.loads(as_json.stdout)
     assert found["rows_read"] == ROWS
+    assert found["rows_kept"] == {"value": ROWS, "low": ROWS, "high": ROWS}  # there is no filter
     assert found["output_tokens"]["low"] < found["output_tokens"]["value"] < found["output_tokens"]["high"]
     assert not (tmp_path / "out").exists()
 

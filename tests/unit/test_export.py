@@ -16,6 +16,7 @@ from zoneinfo import ZoneInfo
 import jinja2
 import pytest
 import yaml
+from cronsim import CronSim
 
 from jobs.export import EXPORTS, Call
 from jobs.loading import LoadedJob, load
@@ -72,13 +73,16 @@ class Pendulum(datetime):
         return self.astimezone(ZoneInfo(name))
 
 
-@pytest.mark.parametrize(
+ADDRESSES = pytest.mark.parametrize(
     ("address", "verb"),
     [
         (None, ["run", "--quiet"]),
         ("http://head:8265", ["submit", "--follow", "--address", "http://head:8265"]),
     ],
 )
+
+
+@ADDRESSES
 def test_the_airflow_dag_compiles_and_its_command_keeps_every_word_whole(
     call: Call, address: str | None, verb: list[str]
 ) -> None:
@@ -118,7 +122,11 @@ def test_the_crontab_line_keeps_every_word_whole(call: Call, overlap: str, tmp_p
     assert ("flock -n " in command) == (overlap == "skip")
 
 
-def test_the_kubernetes_cronjob_carries_the_whole_job(call: Call, tmp_path: Path) -> None:
+@ADDRESSES
+def test_the_kubernetes_cronjob_carries_the_whole_job(
+    call: Call, tmp_path: Path, address: str | None, verb: list[str]
+) -> None:
+    call = replace(call, address=address)
     config, cron = yaml.safe_load_all(EXPORTS["kubernetes"](job(cron="30 0 * * 1,7"), call))
     assert (config["kind"], cron["kind"]) == ("ConfigMap", "CronJob")
     inside = tmp_path / "job.yaml"
@@ -128,9 +136,32 @@ def test_the_kubernetes_cronjob_carries_the_whole_job(call: Call, tmp_path: Path
     spec = cron["spec"]
     assert (spec["schedule"], spec["timeZone"]) == ("30 0 * * 1,0", "Europe/Berlin")
     container = spec["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
-    assert container["command"] == [call.dray, "run", "--quiet", "/etc/dray/job.yaml"]
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+    assert container["command"] == [call.dray, *verb, "/etc/dray/job.yaml"]
+    if address is None:
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+    else:
+        assert "resources" not in container  # the GPUs are the cluster's
     assert cron["metadata"]["name"] == "dray-daily-job-1"
+
+
+@pytest.mark.parametrize(
+    ("weekdays", "expected"),
+    [
+        ("5-7", "5,6,0"),
+        ("fri-7", "5,6,0"),
+        ("0-2,5-7,7", "0,1,2,5,6"),
+        ("1-7/2", "1,3,5,0"),
+        ("5/2", "5,0"),  # of Kubernetes' weekdays, 0 to 6, only the 5th
+        ("0-7", "0,1,2,3,4,5,6"),
+        ("mon-fri", "mon-fri"),
+        ("*/2", "*/2"),
+    ],
+)
+def test_the_weekdays_of_a_cronjob_end_with_six(call: Call, weekdays: str, expected: str) -> None:
+    _, cron = yaml.safe_load_all(EXPORTS["kubernetes"](job(cron=f"30 0 * * {weekdays}"), call))
+    assert cron["spec"]["schedule"] == f"30 0 * * {expected}"
+    ours, theirs = (CronSim(f"30 0 * * {days}", datetime(2026, 1, 1)) for days in (weekdays, expected))
+    assert [next(ours) for _ in range(20)] == [next(theirs) for _ in range(20)]
 
 
 def test_what_a_scheduler_cannot_do_is_refused(call: Call) -> None:

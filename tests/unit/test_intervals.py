@@ -38,6 +38,14 @@ def test_the_total_lies_within_in_nine_of_ten_samples_at_least(kind: str) -> Non
     assert share < 1.0  # as wide as needed, not wider
 
 
+@pytest.mark.parametrize("n", [2, 3, 5, 10])
+def test_the_total_lies_within_where_the_sample_is_small(n: int) -> None:
+    assert covered(SKEWED["exponential"], n) >= 0.85
+    two = total_of(np.array([1.0, 3.0]), 1000)
+    assert two.low == 4.0  # what was seen
+    assert two.high == pytest.approx(2000 + 12.71 * 1000, rel=0.01)
+
+
 def test_a_sample_of_a_third_is_not_given_the_width_of_an_endless_population() -> None:
     population = SKEWED["lognormal"][:600]
     assert covered(population, 200) >= 0.90

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from jobs.ledger import Ledger, new_run_id, read_runs
 from jobs.loading import load
 from jobs.lock import LOCK_NAME, OutputLock
 from jobs.metering import Meter, Usage, gpu_seconds_of_parts
+from jobs.output import SPEC
 from jobs.shared_ledger import Announcer, announcer, record_name
 from jobs.team_runs import parse_since, team_runs
 from pipelines.contracts import Provenance
@@ -233,7 +236,7 @@ def test_a_run_without_an_end_is_running_lost_or_unknown(tmp_path: Path, ledger:
         run_id = f"20260101T00000{number}-{name}"
         url = "nosuch://x" if name == "gone" else output.url()
         content = {**record, "run_id": run_id, "output": url, "job": name}
-        ledger.create(record_name(run_id, "start"), json.dumps(content).encode())
+        ledger.create(record_name(run_id, "start", 1.0), json.dumps(content).encode())
     mine = OutputLock(outputs["held"], "20260101T000000-held")
     far = replace(mine._mine, machine="elsewhere", host="far", heartbeat_s=0.2, run_id="20260101T000004-far")
     outputs["far"].write(LOCK_NAME, far.to_json())
@@ -270,6 +273,34 @@ def test_a_run_without_an_end_is_running_lost_or_unknown(tmp_path: Path, ledger:
     assert run.state == "running"
 
 
+@pytest.mark.parametrize(
+    ("host", "claimed", "state"),
+    [
+        ("far", False, "unknown"),
+        ("far", True, "lost"),
+        (socket.gethostname(), False, "lost"),
+        (None, False, "lost"),
+    ],
+)
+def test_a_folder_of_another_host_that_is_not_here_tells_nothing(
+    tmp_path: Path, ledger: Storage, host: str | None, claimed: bool, state: str
+) -> None:
+    run_id, output = "20260101T000000-aaaaaa", Storage(str(tmp_path / "out"))
+    record = {
+        "run_id": run_id,
+        "job": "j",
+        "output": output.url(),
+        "user": "u",
+        "command": "run",
+        "started_at": 1.0,
+    }
+    ledger.create(record_name(run_id, "start", 1.0), json.dumps({**record, "host": host}).encode())
+    if claimed:
+        output.write(SPEC, b"{}")
+    (run,) = team_runs(ledger)
+    assert run.state == state
+
+
 def fill(ledger: Storage) -> None:
     for day, job, state in (
         (20, "nightly-a", "failed"),
@@ -287,9 +318,10 @@ def fill(ledger: Storage) -> None:
             "started_at": at,
             "usage": {**vars(USED)},
         }
-        ledger.create(record_name(run_id, "start"), json.dumps(record).encode())
+        ledger.create(record_name(run_id, "start", 1.0), json.dumps(record).encode())
         ledger.create(
-            record_name(run_id, "end"), json.dumps({**record, "state": state, "ended_at": at + 60}).encode()
+            record_name(run_id, "end", 1.0),
+            json.dumps({**record, "state": state, "ended_at": at + 60}).encode(),
         )
 
 
@@ -307,6 +339,30 @@ def test_the_newest_first_and_what_is_asked_for(ledger: Storage) -> None:
     assert parse_since("7d", now=10 * 86_400.0) == 3 * 86_400.0
     with pytest.raises(SpecError, match=r"--since.*yesterday"):
         parse_since("yesterday")
+
+
+def test_a_run_that_waited_in_a_queue_is_found_by_its_start(ledger: Storage) -> None:
+    run_id, at = "20261120T120000-abcdef", parse_since("2026-11-29T12:00:00Z")
+    record = {"run_id": run_id, "job": "j", "output": "/x", "user": "u", "command": "run", "started_at": at}
+    ledger.create(record_name(run_id, "start", at), json.dumps(record).encode())
+    assert [run.run_id for run in team_runs(ledger, since=parse_since("2026-11-28"))] == [run_id]
+    assert team_runs(ledger, since=parse_since("2026-11-30")) == []
+
+
+@pytest.mark.parametrize("run_id", ["nightly-2026", "team/a b.end.json", "99999999", "../%2e"])
+def test_a_run_id_of_somebody_elses_is_found(tmp_path: Path, ledger: Storage, run_id: str) -> None:
+    job = job_in(tmp_path)
+    storage = Storage(job.spec.output.path)
+    announced = announcer(job, storage)
+    assert announced is not None
+    announced.started(run_id, "run", "f00d")
+    announced.ended("succeeded", None)
+    announced.close()
+    today = f"{datetime.now(UTC):%Y%m%d}"
+    assert all(item.name.startswith(f"v1/{today}/") for item in ledger.list())
+    for since in (None, parse_since("1h")):
+        (run,) = team_runs(ledger, since=since)
+        assert (run.run_id, run.state) == (run_id, "succeeded")
 
 
 def test_the_command_shows_them_and_names_what_is_damaged(ledger: Storage) -> None:

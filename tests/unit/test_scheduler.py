@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import signal
 import subprocess
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +26,14 @@ from jobs.lock import OutputLock
 from jobs.schedule import ScheduleSettings, id_of
 from jobs.schedule_log import ScheduleLog
 from jobs.scheduler import Runs, run_schedule, sort_out
-from pipelines.errors import Interrupted, JobError, OutputLocked, SpecError
+from pipelines.errors import (
+    Interrupted,
+    JobError,
+    OutputLocked,
+    SpecError,
+    StorageError,
+    TransientStorageError,
+)
 from pipelines.storage import Storage
 
 pytestmark = pytest.mark.slow
@@ -138,6 +149,17 @@ def test_missed_times(tmp_path: Path, missed: str, expected: list[str]) -> None:
     assert runs.begun == expected
 
 
+def test_times_are_missed_from_the_first_scheduler_on(tmp_path: Path) -> None:
+    runs = Scripts(target="j.yaml", folder=tmp_path)
+    run_until_stopped(tmp_path, runs, *minutes(0, 0, 0), stop)
+    log = ScheduleLog.of(job(tmp_path))
+    assert log.read().last == START
+    settled: Callable[[], bool] = lambda: len(runs.begun) == 2 and not log.read().unsettled  # noqa: E731
+    every = {"missed": "run_all", "cron": "0,1,2 * * * *"}
+    run_until_stopped(tmp_path, runs, *minutes(3, 3, 3), settled, stop, **every)
+    assert runs.begun == ["2026-11-22T12:01", "2026-11-22T12:02"]  # 12:00 was before
+
+
 @pytest.mark.parametrize(
     ("overlap", "expected"),
     [("skip", ["12:01", "12:04"]), ("queue", ["12:01", "12:02", "12:03", "12:04"])],
@@ -182,6 +204,68 @@ def test_a_failed_run_is_written_down_and_the_schedule_goes_on(tmp_path: Path) -
     assert not log.read().is_done(minutes(0.5)[0])
 
 
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_a_fault_of_the_store_neither_ends_the_run_nor_loses_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    line = 'trap "touch \\"$folder/hit\\"; exit 130" TERM; until test -e "$folder/go"; do sleep 0.01; done'
+    runs = Scripts(target="j.yaml", folder=tmp_path, line=line)
+    append, calls = ScheduleLog.append, 0
+
+    def faulty(self: ScheduleLog, *args: Any, **fields: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % every == 0:
+            raise TransientStorageError("the store does not answer")
+        append(self, *args, **fields)
+
+    monkeypatch.setattr(ScheduleLog, "append", faulty)
+    log = ScheduleLog.of(job(tmp_path))
+    steps: list[Any] = [*minutes(0), *[minutes(0.6)[0]] * 9, *[minutes(1.6)[0]] * 9, (tmp_path / "go").touch]
+    settled: Callable[[], bool] = lambda: len(runs.begun) == 2 and not log.read().unsettled  # noqa: E731
+    lines = run_until_stopped(tmp_path, runs, *steps, settled, stop, overlap="queue")
+    assert "the store does not answer; trying on" in lines
+    assert runs.begun == ["2026-11-22T12:01", "2026-11-22T12:02"]
+    assert not (tmp_path / "hit").exists()
+
+
+def test_an_end_that_cannot_be_written_down_does_not_hide_the_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Scripts(
+        target="j.yaml",
+        folder=tmp_path,
+        line='trap "exit 0" TERM; touch "$folder/up"; while :; do sleep 0.01; done',
+    )
+    append = ScheduleLog.append
+
+    def faulty(self: ScheduleLog, moment: datetime, by: Any, state: Any, **fields: Any) -> None:
+        if state == "done":
+            raise StorageError("permission denied")
+        append(self, moment, by, state, **fields)
+
+    monkeypatch.setattr(ScheduleLog, "append", faulty)
+    lines = run_until_stopped(tmp_path, runs, *minutes(0, 0.6), (tmp_path / "up").exists, stop)
+    assert lines[-1] == (
+        "2026-11-22T12:01+00:00: its end is not written down, so it is run again: permission denied"
+    )
+
+
+def test_a_signal_ends_a_sleep_and_waits_for_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "TICK_S", 0.2)
+    with scheduler.Signals().taken() as signals:
+        assert (
+            signals.asked is False
+        )  # an event's lock may be held by the very thread that the handler interrupts
+        sender = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGTERM))
+        sender.start()
+        began = time.monotonic()
+        signals.wait(30)
+        assert time.monotonic() - began < 5
+        assert signals.asked is True
+        sender.join()
+
+
 def test_of_two_schedulers_the_second_is_refused(tmp_path: Path) -> None:
     held = ScheduleLog.of(job(tmp_path)).storage
     with (
@@ -224,6 +308,39 @@ def test_every_time_is_run_or_left_out(missed: Any, ages: list[int]) -> None:
         assert not times or times[-1] not in come.left_out
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "output.storage_options.sas=hush",
+        "output.storage_options={client_kwargs: {x: hush}}",
+        "output={path: s3://b/, storage_options: {sas: hush}}",
+        "model.hf_token=hush",
+        "model.env={HF_TOKEN: hush}",
+        "model.env=[{HF_TOKEN: hush}]",
+        "model.hf_token=${env:HF_TOKEN:-hush}",
+        "input.path=ftp://me:hush@host/x",
+    ],
+)
+def test_secrets_in_overrides_are_neither_recorded_nor_printed(tmp_path: Path, override: str) -> None:
+    plain = (
+        "prompt.template={{ x }}",
+        "pool.replicas=2",
+        "model.env={A: b}",
+        "model.hf_token=${env:HF_TOKEN}",
+    )
+    runs = Scripts(target="j.yaml", folder=tmp_path, line="exit 1", overrides=(*plain, override))
+    run_until_stopped(tmp_path, runs, *minutes(0), *[minutes(0.6)[0]] * 60, stop)
+    storage = ScheduleLog.of(job(tmp_path)).storage
+    (name,) = [item.name for item in storage.list() if ".started-" in item.name]
+    command = shlex.split(json.loads(storage.read(name))["command"])
+    assert command[-5:-1] == list(plain)
+    assert command[-1] == f"{override.partition('=')[0]}=***"
+    with pytest.raises(JobError) as raised:
+        backfill(job(tmp_path, cron="0 2 * * *"), runs, first=START - timedelta(days=400), last=START)
+    assert "hush" not in str(raised.value)
+    assert override in runs.arguments(START)  # the run itself has them
+
+
 def test_records_lie_above_the_dates_and_are_told_from_the_output(tmp_path: Path) -> None:
     made = job(tmp_path)
     assert ScheduleLog.of(made).storage == Storage(str(tmp_path / "out/.dray/schedule/nightly"))
@@ -231,3 +348,25 @@ def test_records_lie_above_the_dates_and_are_told_from_the_output(tmp_path: Path
     assert ScheduleLog.of(one).storage.root == "s3://b/out/.dray/schedule/nightly"
     by_date = load({**made.raw, "output": {"path": "s3://b/${env:TEAM:-x}/d-${run.date}/h=${run.hour}"}})
     assert ScheduleLog.of(by_date).storage.root == "s3://b/x/.dray/schedule/nightly"
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("/${run.date}/x", "/"),
+        ("/o-${run.date}", "/"),
+        ("file:///${run.date}/x", "/"),
+        ("/data/${run.date}", "/data/"),
+        ("s3://b/${run.date}/", "s3://b/"),
+        ("s3://b/d-${run.date}", "s3://b/"),
+        ("s3://b-${run.date}/x", None),
+        ("s3://${run.date}/x/", None),
+    ],
+)
+def test_records_of_a_run_variable_in_the_first_part(tmp_path: Path, path: str, place: str | None) -> None:
+    made = load({**job(tmp_path).raw, "output": {"path": path}})
+    if place is None:
+        with pytest.raises(SpecError, match=r"output\.path: .* has a run variable in its bucket's name"):
+            ScheduleLog.of(made)
+    else:
+        assert ScheduleLog.of(made).storage.root == f"{place}.dray/schedule/nightly"
