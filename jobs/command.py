@@ -24,7 +24,10 @@ stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+
+@click.group(context_settings=_HELP)
 @click.version_option(__version__, prog_name="dray")
 def main() -> None:
     """Run one prompt job over a whole dataset."""
@@ -49,7 +52,7 @@ def command(name: str, group: click.Group = main) -> Callable[[Callable[..., Any
                 unexpected = JobError(f"unexpected {type(error).__name__}: {error} (--debug shows where)")
                 fail(unexpected.with_traceback(error.__traceback__), as_json=as_json, debug=debug)
 
-        return group.command(name)(guarded)
+        return group.command(name, context_settings=_HELP)(guarded)
 
     return wrap
 

@@ -254,6 +254,8 @@ class Driver:
             log.warning("Ray ended the stream: %s", error)
             for shard in pending:
                 self.failures.setdefault(shard.id, Failure.of("generate", error))
+        if self.ending is None:
+            flag.close()  # else stages of a run that is given up may still look
         if isinstance(self.ending, LimitReached) and not self._left():
             self.ending = None  # reached by the last of the work: there is nothing left to stop
         if self.ending is not None:

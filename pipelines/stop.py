@@ -13,12 +13,18 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from pipelines.orphans import end_with_parent
+
 #: Seconds to wait for the actor's word. It is gone only with the driver's own node.
 _ANSWER_S = 10.0
 
 
 class _Flag:
+    """The actor. Calls of `wait` never end by themselves, and Ray ends no actor that has calls: so not with its last
+    handle, nor with its raylet."""
+
     def __init__(self) -> None:
+        end_with_parent()
         self._raised = asyncio.Event()
         self._grace_s: float | None = None
 
@@ -49,6 +55,11 @@ class StopFlag:
     def set(self, grace_s: float) -> None:
         """Ask all stages to stop. Does not wait for them."""
         self._flag.set.remote(grace_s)
+
+    def close(self) -> None:
+        """End the actor; for the driver, once no stage looks any more."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(self._flag)
 
     def is_set(self) -> bool:
         """From a worker's thread: one request to the actor, about a millisecond."""
