@@ -39,7 +39,10 @@ def error_log() -> Path | None:
     Has to be called before vLLM is imported. vLLM's console lines go to stderr, so that stdout stays the
     command's own; how many is up to `VLLM_LOGGING_LEVEL`.
     """
-    if "VLLM_LOGGING_CONFIG_PATH" in os.environ or os.environ.get("VLLM_CONFIGURE_LOGGING") == "0":
+    given = os.environ.get("VLLM_LOGGING_CONFIG_PATH")
+    # One of ours is a parent's, inherited with its environment: that file is no place for this process's errors.
+    configured = given is not None and not Path(given).parent.name.startswith(_PREFIX)
+    if configured or os.environ.get("VLLM_CONFIGURE_LOGGING") == "0":
         return None
     _sweep(Path(tempfile.gettempdir()))
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))

@@ -20,9 +20,15 @@ def main(workers: int, dashboard_port: int | None = None) -> None:
     head = {"num_cpus": 1, "include_dashboard": dashboard_port is not None, **each}
     if dashboard_port is not None:
         head |= {"dashboard_host": "127.0.0.1", "dashboard_port": dashboard_port}
+        # Its usual port may be held by an agent that a killed cluster left: jobs would find "no available agent".
+        head |= {"dashboard_agent_listen_port": 0}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     # One engine of two CPUs, and what stands beside engines: the node that is left must have room for both.
-    nodes = [cluster.add_node(num_cpus=3, **each) for _ in range(workers)]
+    # Each unpacks what a job ships into a folder of its own: nodes of one machine would replace each other's.
+    nodes = [
+        cluster.add_node(num_cpus=3, runtime_env_dir_name=f"runtime_resources_{number}", **each)
+        for number in range(workers)
+    ]
     by_raylet = {node.all_processes[ray_constants.PROCESS_TYPE_RAYLET][0].process.pid: node for node in nodes}
     dashboard = f"http://127.0.0.1:{dashboard_port}" if dashboard_port is not None else ""
     known = {"address": cluster.address, "dashboard": dashboard, "raylets": list(by_raylet)}

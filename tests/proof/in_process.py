@@ -158,6 +158,9 @@ class Flag:
     def is_set(self) -> bool:
         return self._raised
 
+    def close(self) -> None:
+        pass
+
     async def wait(self) -> float:
         await asyncio.Event().wait()  # nobody stops these runs
         raise AssertionError("unreachable")

@@ -55,6 +55,7 @@ from pipelines.run import EngineResources, Outcome
 from pipelines.stage import Failure, Parcel
 from pipelines.storage import Storage
 from tests.local.runs import job
+from tests.proof.in_process import Flag
 from tests.proof.judge import Judge
 from tests.proof.schedule import Process, Schedule
 from tests.proof.store import Kind, Server, Stored
@@ -415,19 +416,6 @@ def answered(part: bytes, name: str) -> bytes | None:
         digest = hashlib.sha256(sink.getbuffer()).hexdigest()
         writer.add_key_value_metadata({FOOTER_KEY: replace(footer, stats=stats, digest=digest).to_json()})
     return sink.getvalue()
-
-
-class Flag:
-    """`pipelines.stop.StopFlag` within one process."""
-
-    def __init__(self) -> None:
-        self._raised = False
-
-    def set(self, grace_s: float) -> None:
-        self._raised = True
-
-    def is_set(self) -> bool:
-        return self._raised
 
 
 class OneByOne:

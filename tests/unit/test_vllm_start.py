@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import multiprocessing as mp
+import os
 import tempfile
 import threading
 import time
@@ -41,6 +42,22 @@ def test_the_parts_of_a_start_are_read_from_vllms_log(tmp_path: Path) -> None:
         "compile_s": 12.34,
         "graphs_s": 9.0,
     }
+
+
+def test_a_process_keeps_a_log_of_its_own_but_for_what_the_user_configures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_CONFIG_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    own = vllm_log.error_log.__wrapped__
+    parents = own()
+    assert parents is not None
+    inherited = own()
+    assert inherited is not None
+    assert inherited != parents
+    assert os.environ["VLLM_LOGGING_CONFIG_PATH"] == str(inherited.with_name("logging.json"))
+    monkeypatch.setenv("VLLM_LOGGING_CONFIG_PATH", "/etc/logging.json")
+    assert own() is None
 
 
 @pytest.mark.parametrize(
