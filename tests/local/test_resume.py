@@ -18,13 +18,9 @@ from tests.local.runs import DRAY, ROOT, content, dray, job, write_questions
 pytestmark = pytest.mark.timeout(300)
 
 
-def ray_since(began: float) -> dict[int, str]:
-    """Ray's processes that were started since then and are alive: pid and command line."""
-    return {
-        process.pid: " ".join(process.info["cmdline"])
-        for process in psutil.process_iter(["cmdline", "create_time"])
-        if process.info["create_time"] >= began and "ray" in " ".join(process.info["cmdline"] or ())
-    }
+def family(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The driver's Ray: raylet, agents, workers. Others may run their own beside this test."""
+    return psutil.Process(driver.pid).children(recursive=True)
 
 
 def test_kill_minus_nine_and_run_again(tmp_path: Path) -> None:
@@ -52,6 +48,7 @@ def test_kill_minus_nine_and_run_again(tmp_path: Path) -> None:
         assert driver.poll() is None, "the driver ended before it could be killed"
         assert time.time() - began < 120
         time.sleep(0.05)
+    its_own = family(driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     time.sleep(3)  # the orphaned workers notice; what they commit until then is sound
@@ -75,10 +72,11 @@ def test_kill_minus_nine_and_run_again(tmp_path: Path) -> None:
     verdict = dray("verify", str(tmp_path / "out"), "--deep", "--json")
     assert verdict.returncode == 0, verdict.stdout
     # Of a killed driver Ray leaves two agents behind (Ray 2.60); no raylet, worker or engine may be among the rest.
-    left = ray_since(began)
-    for pid in [pid for pid, command in left.items() if "Agent" in command or "agent" in command]:
-        psutil.Process(pid).kill()
-        del left[pid]
+    left = {process: " ".join(process.cmdline()) for process in its_own if process.is_running()}
+    assert len(its_own) > len(left)
+    for agent in [process for process, command in left.items() if "gent" in command]:
+        agent.kill()
+        del left[agent]
     assert not left
 
 
