@@ -19,11 +19,13 @@ import pyarrow.parquet as pq
 from jobs.books import Books, Fault, each
 from jobs.planning import Plan
 from pipelines.contracts import Shard, Span, result_schema
-from pipelines.counting import COUNTED, TALLIED, tally
+from pipelines.counting import COUNTED, SPENT, TALLIED, tally
 from pipelines.errors import OutputError, PartDamaged
 from pipelines.part import Footer, Part, body_digest, part_of, raise_if_damaged
 from pipelines.place import places
 from pipelines.settings import OutputSettings, SamplingSettings
+from pipelines.step_settings import StepSettings
+from pipelines.steps import with_steps
 from pipelines.storage import Storage
 from pipelines.wording import first_line
 
@@ -77,11 +79,12 @@ def _expected_schema(plan: Plan, identity: dict[str, Any]) -> pa.Schema | None:
     columns, logprobs = identity["output.columns"], identity.get("sampling.logprobs")
     if any(isinstance(value, dict) for value in (columns, logprobs, *rename.values())):
         return None
-    schema = result_schema(
+    answers = result_schema(
         plan.input_schema,
         OutputSettings(path="-", columns=columns, rename=rename),
         SamplingSettings(logprobs=logprobs),
     )
+    schema = with_steps(answers, [StepSettings.model_validate(step) for step in identity.get("steps", ())])
     sink = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), sink)  # Parquet gives some types back as others
     return pq.read_schema(pa.BufferReader(sink.getvalue())).remove_metadata()
@@ -185,6 +188,8 @@ def _row_problems(rows: pa.Table, footer: Footer, filtered: bool) -> Iterable[st
         yield f"{len(rows) - distinct} keys (row_id, sample_index) occur twice"
     else:
         whole = pc.equal(pc.add(ids["sample_index_max"], 1), ids["sample_index_count"])
+        if stats.steps:  # which may drop samples
+            whole = pc.is_valid(whole)
         alone = pc.or_(pc.equal(ids["failed_sum"], 0), pc.equal(ids["sample_index_count"], 1))
         odd = ids.filter(pc.invert(pc.and_(whole, alone)))
         if len(odd):
@@ -193,14 +198,15 @@ def _row_problems(rows: pa.Table, footer: Footer, filtered: bool) -> Iterable[st
     strangers = ids.filter(pc.is_null(where["span"]))
     if len(strangers):
         yield f"{len(strangers)} rows are not its shard's, the first is {strangers['row_id'][0]}"
-    elif not filtered:
+    elif not filtered and not stats.rows_dropped:
         yield from _missing(where, shard.spans)
-    if len(ids) != stats.rows_in:
-        yield f"holds {len(ids)} different rows, its footer counts {stats.rows_in}"
+    if len(ids) + stats.rows_dropped != stats.rows_in:
+        yield f"holds {len(ids)} different rows, its footer counts {stats.rows_in}, {stats.rows_dropped} of them dropped"
     counted = tally(rows)
+    told = COUNTED if stats.steps else COUNTED + SPENT
     yield from (
         f"its rows come to {name} {getattr(counted, name)}, its footer says {getattr(stats, name)}"
-        for name in COUNTED
+        for name in told
         if getattr(counted, name) != getattr(stats, name)
     )
 

@@ -72,9 +72,12 @@ def identity(job: LoadedJob, folders: Sequence[str] = ()) -> dict[str, Any]:
             "folder": os.path.basename(lora.source),
             "sha256": digest_of_model(lora.source),
         }
-    if job.spec.prompt.function is not None:
-        module = job.spec.prompt.function.partition(":")[0]
-        found["prompt.function code"] = digest_of_package(module, folders)
+    if job.spec.steps:
+        found["steps"] = [
+            step.model_dump(mode="json", by_alias=True, exclude_defaults=True) for step in job.spec.steps
+        ]
+    for key, function in job.spec.functions.items():
+        found[f"{key} code"] = digest_of_package(function.partition(":")[0], folders)
     return dict(sorted(found.items()))
 
 

@@ -24,6 +24,7 @@ from pipelines.listing import list_files
 from pipelines.prepare import Prepare
 from pipelines.result import build_result
 from pipelines.stage import Parcel
+from pipelines.steps import Steps
 from pipelines.tokenizer import load_tokenizer
 
 
@@ -31,7 +32,8 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
     """The first `rows` rows that pass the filter, through the job's own stages but without Ray.
 
     Each has `row_id`, `prompt` (the tokens as text, special tokens shown), `prompt_tokens`, `error_code` and
-    `error_message`; with `generate` also `answers`, a list of `generated_text` and `finish_reason` per sample.
+    `error_message`; with `generate` also `answers`, a list of `generated_text`, `finish_reason` and the steps' columns per
+    sample that the steps have left.
     """
     files = list_files(job.spec.input, needed_columns(job.spec))
     work = work_of(job, input_schema(job.spec, files), fingerprint="", run_id="preview")
@@ -53,11 +55,12 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
     if generate:
         answered = asyncio.run(_answer(parcel, work))
         result = build_result(answered, work, Detokenizer(tokenizer, work.sampling))
+        result, _ = Steps(work.steps, work.user_modules).run(result)
+        shown = ["generated_text", "finish_reason", "error_code", "error_message"]
+        shown += [name for step in work.steps for name in step.adds.names]
         answers: dict[str, list[dict[str, Any]]] = {row["row_id"]: [] for row in seen}
         for sample in result.to_pylist():
-            answers[sample["row_id"]].append(
-                {k: sample[k] for k in ("generated_text", "finish_reason", "error_code", "error_message")}
-            )
+            answers[sample["row_id"]].append({name: sample[name] for name in shown})
         for row in seen:
             row["answers"] = answers[row["row_id"]]
     return seen
@@ -100,10 +103,13 @@ def render(seen: list[dict[str, Any]]) -> RenderableType:
             lines.append(f"  [red]{row['error_code']}[/]: {escape(row['error_message'])}")
         else:
             lines.append(escape(row["prompt"]))
-        lines += [
-            f"  [green]→[/] {escape(answer['generated_text'])} [dim]({answer['finish_reason']})[/]"
-            for answer in row.get("answers", ())
-            if answer["generated_text"] is not None
-        ]
+        for answer in row.get("answers", ()):
+            if answer["generated_text"] is not None:
+                lines.append(
+                    f"  [green]→[/] {escape(answer['generated_text'])} [dim]({answer['finish_reason']})[/]"
+                )
+            if answer["error_code"] and not row["error_code"]:
+                lines.append(f"    [red]{answer['error_code']}[/]: {escape(answer['error_message'])}")
+            lines += [f"    {name}: {escape(repr(answer[name]))}" for name in list(answer)[4:]]
         lines.append("")
     return Group(*lines)

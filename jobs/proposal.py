@@ -27,6 +27,7 @@ from pipelines.errors import InputError, OutputError, OutputLocked
 from pipelines.listing import list_files
 from pipelines.model_folder import check_model
 from pipelines.schema import conform_all, infer_schema
+from pipelines.step_settings import step_names
 from pipelines.storage import Storage
 
 
@@ -62,6 +63,14 @@ class Proposal:
             "committed_shards": len(self.committed),
             "finished": self.storage.exists(SUCCESS),
             "engine": self.engines.to_dict(),
+            "steps": [
+                {
+                    "name": name,
+                    "kind": step.kind,
+                    "adds": {column.name: str(column.type) for column in step.adds},
+                }
+                for step, name in zip(self.job.spec.steps, step_names(self.job.spec.steps), strict=True)
+            ],
         }
 
     def save(self) -> Plan:
@@ -104,9 +113,17 @@ class Proposal:
             lines.append(f"        {found['superseded_shards']:,} superseded by changed files")
         for head, line in zip(chain(["engine"], repeat("      ")), self.engines.lines(), strict=False):
             lines.append(f"{head}  {line}")
+        if found["steps"]:
+            lines.append(f"steps   {escape(' → '.join(['answers', *map(_step_words, found['steps'])]))}")
         if found["finished"] and found["committed_shards"] == found["shards"]:
             lines.append("nothing to do: the job is finished")
         return Group(*lines)
+
+
+def _step_words(step: dict[str, Any]) -> str:
+    """`parse (+ score int64)`."""
+    added = ", ".join(f"{name} {kind}" for name, kind in step["adds"].items())
+    return f"{step['name']} (+ {added})" if added else str(step["name"])
 
 
 def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
@@ -144,8 +161,8 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
 def checked_identity(job: LoadedJob) -> dict[str, Any]:
     """What the fingerprint of a job covers. Raises BadInput for a model or a prompt function that is not there."""
     check_model(job.spec.model)
-    if job.spec.prompt.function:
-        load_function(job.spec.prompt.function, own_folders())
+    for key, function in job.spec.functions.items():
+        load_function(function, own_folders(), key)
     return identity(job, own_folders())
 
 
@@ -159,14 +176,14 @@ def input_schema(spec: JobSpec, files: list[InputFile]) -> pa.Schema:
 def work_of(job: LoadedJob, schema: pa.Schema, *, fingerprint: str, run_id: str) -> Work:
     """What the workers need to know of the job."""
     spec = job.spec
-    function = spec.prompt.function
+    folders = (user_folders(function, own_folders()) for function in spec.functions.values())
     return Work(
         job=spec.name,
         run_id=run_id,
         fingerprint=fingerprint,
         code_digest=code_digest(),
         code_path=code_path(),
-        user_modules=user_folders(function, own_folders()) if function else (),
+        user_modules=tuple(dict.fromkeys(folder for each in folders for folder in each)),
         input=spec.input,
         prompt=spec.prompt,
         model=spec.model,
@@ -175,6 +192,7 @@ def work_of(job: LoadedJob, schema: pa.Schema, *, fingerprint: str, run_id: str)
         pool=spec.pool,
         errors=spec.errors,
         input_schema=schema,
+        steps=spec.steps,
     )
 
 

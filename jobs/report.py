@@ -119,9 +119,14 @@ def render(report: Report) -> RenderableType:
     line("output", report.output)
     line("shards", f"{report.shards_committed:,} of {report.shards_planned:,}")
     filtered = f" ({stats.rows_filtered:,} filtered)" if stats.rows_filtered else ""
-    line("rows", f"{stats.rows_ok:,} ok, {stats.rows_failed:,} failed of {stats.rows_in:,}{filtered}")
+    dropped = f", {stats.rows_dropped:,} dropped" if stats.rows_dropped else ""
+    line(
+        "rows", f"{stats.rows_ok:,} ok, {stats.rows_failed:,} failed{dropped} of {stats.rows_in:,}{filtered}"
+    )
     if stats.samples != stats.rows_ok:
         line("samples", f"{stats.samples:,}")
+    for name, counts in stats.steps.items():
+        line(f"step {name}", step_counts(counts))
     line("tokens in / out", f"{stats.prompt_tokens:,} / {stats.completion_tokens:,}")
     if report.output_tokens_per_s is not None:
         rows_per_s = stats.rows_in / report.generating_s
@@ -136,6 +141,12 @@ def render(report: Report) -> RenderableType:
     line("size", f"{report.output_bytes / 1e6:,.1f} MB")
     problems = [f"problem: {problem}" for problem in report.problems]
     return Group(table, *problems)
+
+
+def step_counts(counts: dict[str, int]) -> str:
+    """`1,200 records: 1,150 out, 48 dropped, 2 failed`; without what is 0."""
+    ends = [f"{counts[end]:,} {end}" for end in ("out", "dropped", "failed") if counts[end] or end == "out"]
+    return f"{counts['in']:,} records: {', '.join(ends)}"
 
 
 def start_seconds(report: Report) -> str:

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jobs.books import Books, fold
 from jobs.inspect import opened, stored_report
 from jobs.references import References
-from jobs.report import Report
+from jobs.report import Report, step_counts
 from jobs.report_charts import Distribution, duration, of_histogram, of_lengths, timeline
 from jobs.report_compare import Cost, Figure, compared, cost_of, differing_settings, figures
 from jobs.report_rows import Example, Lengths, examples, hidden_columns, lengths
@@ -190,6 +190,7 @@ def _origin(facts: Facts) -> dict[str, str]:
         "GPU": named([origin.device for origin in origins]),
         "Nodes": named([origin.node for origin in origins]),
         "Dray": named([origin.dray_version for origin in origins]),
+        **{f"Step {name}": step_counts(counts) for name, counts in facts.report.stats.steps.items()},
         "Fingerprint": facts.report.fingerprint,
         "Output": facts.report.output,
     }

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from jobs.limits import BudgetSettings
 from jobs.places import overlap
 from jobs.schedule import ScheduleSettings
-from pipelines.contracts import LOGPROBS_FIELD, RESULT_FIELDS
+from pipelines.contracts import LOGPROBS_FIELD, RESULT_FIELDS, result_schema
 from pipelines.engine_args import check_engine_args
 from pipelines.errors import ModelError, SpecError
 from pipelines.filter import compile_filter
@@ -32,6 +32,8 @@ from pipelines.settings import (
     Settings,
     ShardSettings,
 )
+from pipelines.step_settings import StepSettings, step_names
+from pipelines.steps import check_steps
 from pipelines.template import GLOBALS, Template
 
 _ADDRESS = re.compile(r"local|auto|(ray://)?[\w.-]+:\d{1,5}|(ray://)?\[[0-9a-fA-F:.]+\]:\d{1,5}")
@@ -112,6 +114,8 @@ class JobSpec(Settings):
     """When the job runs by itself."""
     budget: BudgetSettings = BudgetSettings()
     """How much the job may use before a run stops."""
+    steps: tuple[StepSettings, ...] = ()
+    """What is made of the answers before they are written, in this order."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> JobSpec:
@@ -120,6 +124,17 @@ class JobSpec(Settings):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def functions(self) -> dict[str, str]:
+        """The user's functions, `package.module:name`, by their key in the job file."""
+        found = {"prompt.function": self.prompt.function}
+        found |= {
+            f"steps.{name}.function": step.map.function
+            for step, name in zip(self.steps, step_names(self.steps), strict=True)
+            if step.map is not None
+        }
+        return {key: function for key, function in found.items() if function is not None}
 
     @property
     def result_columns(self) -> tuple[str, ...]:
@@ -162,8 +177,17 @@ def check_against_schema(spec: JobSpec, schema: pa.Schema) -> None:
     if spec.output.columns == "all":
         read = _read_columns(spec)
         problems += _collisions(spec, [name for name in known if read is None or name in read])
+    if not problems:
+        problems += check_steps(
+            spec.steps, result_schema(_read_schema(spec, schema), spec.output, spec.sampling)
+        )
     if problems:
         raise SpecError("\n".join(dict.fromkeys(problems)))
+
+
+def _read_schema(spec: JobSpec, schema: pa.Schema) -> pa.Schema:
+    read = _read_columns(spec)
+    return schema if read is None else pa.schema([field for field in schema if field.name in read])
 
 
 def _read_columns(spec: JobSpec) -> list[str] | None:

@@ -4,7 +4,7 @@ What is shipped is one folder, which Ray copies to every node that needs it:
 
     jobs/ pipelines/    Dray's own code, first on the import path
     job.yaml            the merged job file with its overrides, references unfilled, `cluster.address: auto`
-    user/               the package of `prompt.function`, last on the import path; nothing else of the user's folder
+    user/               the packages of the job's functions, last on the import path; nothing else of the user's folder
 
 The run's id is Ray's submission id. The cluster's Python has Dray's dependencies; Dray itself need not be installed there.
 """
@@ -293,10 +293,12 @@ def pack(job: LoadedJob, folder: Path) -> None:
     user = folder / "user"
     user.mkdir()
     (user / ".keep").touch()  # Ray leaves empty folders out
-    if function := job.spec.prompt.function:
-        source = source_of_package(function.partition(":")[0], own_folders())
-        if source is not None:
-            _copy(source, user / source.name)
+    packages = (
+        source_of_package(function.partition(":")[0], own_folders())
+        for function in job.spec.functions.values()
+    )
+    for source in {package for package in packages if package is not None}:
+        _copy(source, user / source.name)
 
 
 def _copy(source: Path, target: Path) -> None:

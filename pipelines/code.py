@@ -72,30 +72,30 @@ def digest_of_package(module_name: str, folders: Sequence[str] = ()) -> str:
     return hashlib.sha256(Path(top.origin or "").read_bytes()).hexdigest()[:16]
 
 
-def load_function(reference: str, folders: Sequence[str] = ()) -> Callable[..., Any]:
-    """The function that `package.module:name` names.
+def load_function(
+    reference: str, folders: Sequence[str] = (), key: str = "prompt.function"
+) -> Callable[..., Any]:
+    """The function that `package.module:name` names, under `key` of the job file.
 
     `folders` go behind everything on the import path: they can add packages, never replace any. Raises SpecError for
     whatever goes wrong while importing, in one line.
     """
     module_name, _, name = reference.partition(":")
-    _find(module_name.partition(".")[0], folders)
+    _find(module_name.partition(".")[0], folders, key)
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
-        raise SpecError(
-            f"prompt.function: importing {module_name} failed: {type(error).__name__}: {first}"
-        ) from error
+        raise SpecError(f"{key}: importing {module_name} failed: {type(error).__name__}: {first}") from error
     function = getattr(module, name, None)
     if function is None:
         known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
         raise SpecError(
-            f"prompt.function: {module.__file__} has no function {name!r}"
+            f"{key}: {module.__file__} has no function {name!r}"
             + (f"; it has {', '.join(known[:8])}" if known else "")
         )
     if not callable(function):
-        raise SpecError(f"prompt.function: {reference} is a {type(function).__name__}, not a function")
+        raise SpecError(f"{key}: {reference} is a {type(function).__name__}, not a function")
     return function  # type: ignore[no-any-return]
 
 
@@ -122,10 +122,12 @@ def add_folders(folders: Iterable[str]) -> None:
             importlib.invalidate_caches()
 
 
-def _find(top_level: str, folders: Sequence[str]) -> importlib.machinery.ModuleSpec:
+def _find(
+    top_level: str, folders: Sequence[str], key: str = "prompt.function"
+) -> importlib.machinery.ModuleSpec:
     if top_level in _OWN_NAMES:
         raise SpecError(
-            f"prompt.function: the package name {top_level!r} is Dray's own; give your package another name"
+            f"{key}: the package name {top_level!r} is Dray's own; give your package another name"
         )
     add_folders(folders)
     try:
@@ -135,7 +137,7 @@ def _find(top_level: str, folders: Sequence[str]) -> importlib.machinery.ModuleS
     if found is None:
         places = f" (looked in {', '.join(folders)} too)" if folders else ""
         raise SpecError(
-            f"prompt.function: no package or module {top_level!r} to import{places}; install it, or put its "
+            f"{key}: no package or module {top_level!r} to import{places}; install it, or put its "
             f"folder on PYTHONPATH"
         )
     return found

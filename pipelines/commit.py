@@ -30,12 +30,13 @@ from pipelines.part import Footer, build_part, read_part
 from pipelines.policy import check_model_allowed
 from pipelines.result import build_result
 from pipelines.stage import Failure, Parcel
+from pipelines.steps import Steps
 from pipelines.storage import Storage
 from pipelines.tokenizer import do_without_torch, load_tokenizer
 
 
 class Commit:
-    """The last stage of the Ray graph: generations in, a part file and its footer out."""
+    """The last stage of the Ray graph: generations in, the job's steps over them, a part file and its footer out."""
 
     def __init__(self, work: Work, *, own_process: bool = False) -> None:
         """`own_process`: nothing else runs in this process, least of all an engine."""
@@ -55,6 +56,11 @@ class Commit:
         check_code(self.work.code_digest, self.work.code_path)
         check_model_allowed(self.work.model)  # by this machine's own policy
         return Detokenizer(load_tokenizer(self.work.model), self.work.sampling)
+
+    @cached_property
+    def steps(self) -> Steps:
+        """As `detokenizer`."""
+        return Steps(self.work.steps, self.work.user_modules)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """One row: the shard's id, and its footer or its failure, as JSON."""
@@ -79,10 +85,11 @@ class Commit:
         began = time.monotonic()
         if parcel.notes.get("committed"):
             return read_part(self.storage, parcel.shard.part_name).footer
-        result = build_result(parcel, self.work, self.detokenizer)
+        answers = build_result(parcel, self.work, self.detokenizer)
         if self.work.retry is not None:
-            return merge(self.storage, parcel, result, self.work, self._provenance(parcel))
-        stats = count(parcel, result)
+            return merge(self.storage, parcel, answers, self.steps, self.work, self._provenance(parcel))
+        rows, steps = self.steps.run(answers)
+        stats = count(parcel, answers, rows, steps)
         if not stats.balanced:
             raise ShardError(f"the books of shard {parcel.shard.id} do not balance: {stats}")
         footer = Footer(
@@ -92,7 +99,7 @@ class Commit:
             stats=replace(stats, commit_s=time.monotonic() - began),
             provenance=self._provenance(parcel),
         )
-        data, footer = build_part(self.storage, result, footer, self.work.output)
+        data, footer = build_part(self.storage, rows, footer, self.work.output)
         if self.storage.create(f"data/{parcel.shard.part_name}", data):
             tell_committed(footer.stats, footer.provenance)
             return footer

@@ -24,6 +24,7 @@ from pipelines.settings import (
     PromptSettings,
     SamplingSettings,
 )
+from pipelines.step_settings import StepSettings
 
 #: Version of the output layout, in `.dray/spec.json` and in every part's footer.
 FORMAT_VERSION = 1
@@ -137,6 +138,8 @@ class Work:
     errors: ErrorSettings
     input_schema: pa.Schema
     """The input columns that are read, pinned at the first plan."""
+    steps: tuple[StepSettings, ...] = ()
+    """What is made of the answers before they are written."""
     retry: Retry | None = None
     """Set: only failed rows are run, and their results are merged into the parts that stand."""
 
@@ -203,7 +206,7 @@ LOGPROBS_FIELD = pa.field("logprobs", LOGPROBS_TYPE)
 
 
 def result_schema(input_schema: pa.Schema, output: OutputSettings, sampling: SamplingSettings) -> pa.Schema:
-    """The explicit schema of every part of a job, errors and logprobs columns included."""
+    """The explicit schema of a shard's answers, errors and logprobs columns included; steps add columns to it."""
     names = input_schema.names if output.columns == "all" else output.columns
     carried = [
         input_schema.field(name).with_name(output.rename.get(name, name)).with_nullable(True)
@@ -242,13 +245,15 @@ class ShardStats:
     rows_read: int = 0
     rows_filtered: int = 0
     rows_in: int = 0
-    """rows_read - rows_filtered; equals rows_ok + rows_failed."""
+    """rows_read - rows_filtered; equals rows_ok + rows_failed + rows_dropped."""
     rows_ok: int = 0
     rows_failed: int = 0
+    rows_dropped: int = 0
+    """Rows of which the job's steps left no record."""
     samples: int = 0
-    """Answers written; rows_ok × n."""
+    """Answers written; rows_ok × n where no step drops any."""
     prompt_tokens: int = 0
-    """Counted once per row that got an answer, whatever n is."""
+    """Counted once per row that got an answer, whatever n is, and whatever the steps made of it."""
     completion_tokens: int = 0
     cached_tokens: int = 0
     """Prompt tokens found in the engine's prefix cache."""
@@ -262,6 +267,8 @@ class ShardStats:
     """Engines that died under the shard before it was answered; one death counts for each shard that it met."""
     error_codes: dict[str, int] = field(default_factory=dict)
     finish_reasons: dict[str, int] = field(default_factory=dict)
+    steps: dict[str, dict[str, int]] = field(default_factory=dict)
+    """For each step by name the records `in`, `out`, `dropped` and `failed`, those of retries as well."""
     latency_s: Histogram = field(default_factory=Histogram)
     """Seconds from admission to the answer, per request."""
     ttft_s: Histogram = field(default_factory=Histogram)
@@ -273,6 +280,10 @@ class ShardStats:
             **merged,
             error_codes=_add_counts(self.error_codes, other.error_codes),
             finish_reasons=_add_counts(self.finish_reasons, other.finish_reasons),
+            steps={
+                name: _add_counts(self.steps.get(name, {}), other.steps.get(name, {}))
+                for name in {**self.steps, **other.steps}
+            },
         )
 
     @property
@@ -280,8 +291,9 @@ class ShardStats:
         """The books of design §4.6."""
         return (
             self.rows_read == self.rows_filtered + self.rows_in
-            and self.rows_in == self.rows_ok + self.rows_failed
+            and self.rows_in == self.rows_ok + self.rows_failed + self.rows_dropped
             and sum(self.error_codes.values()) == self.rows_failed
+            and all(n["in"] == n["out"] + n["dropped"] + n["failed"] for n in self.steps.values())
         )
 
     @property
@@ -302,7 +314,7 @@ class ShardStats:
 
 
 _SUMMED = tuple(
-    name for name in ShardStats.__dataclass_fields__ if name not in ("error_codes", "finish_reasons")
+    name for name in ShardStats.__dataclass_fields__ if name not in ("error_codes", "finish_reasons", "steps")
 )
 
 

@@ -22,21 +22,14 @@ TALLIED = (
     "cached_tokens",
     "error_code",
 )
-#: The statistics that the rows themselves tell; the others are times and what was read.
-COUNTED = (
-    "rows_ok",
-    "rows_failed",
-    "samples",
-    "prompt_tokens",
-    "completion_tokens",
-    "cached_tokens",
-    "error_codes",
-    "finish_reasons",
-)
+#: The statistics that the written rows themselves tell; the others are times and what was read.
+COUNTED = ("rows_ok", "rows_failed", "samples", "error_codes")
+#: What was spent on answers. The written rows tell it as well, unless steps have dropped or failed some of them.
+SPENT = ("prompt_tokens", "completion_tokens", "cached_tokens", "finish_reasons")
 
 
 def tally(rows: pa.Table) -> ShardStats:
-    """`COUNTED`, from all rows of a shard; `rows_in` is their number, nothing else is set."""
+    """`COUNTED` and `SPENT`, from all rows of a shard; `rows_in` is their number, nothing else is set."""
     ok = rows.filter(pc.is_null(rows["error_code"]))
     failed = rows.filter(pc.is_valid(rows["error_code"]))
     first = ok.filter(pc.equal(ok["sample_index"], 0))
@@ -54,11 +47,16 @@ def tally(rows: pa.Table) -> ShardStats:
     )
 
 
-def count(parcel: Parcel, result: pa.Table) -> ShardStats:
-    """The statistics of a parcel, counted from the rows that will be written, not from what stages claimed."""
+def count(parcel: Parcel, answers: pa.Table, rows: pa.Table, steps: dict[str, dict[str, int]]) -> ShardStats:
+    """The statistics of a parcel: of the `rows` that will be written and of the `answers` that they were made of by the
+    `steps`, which are given by their counts; not from what stages claimed."""
     notes = parcel.notes
+    answered, written = tally(answers), tally(rows)
     return replace(
-        tally(result),
+        written,
+        **{name: getattr(answered, name) for name in SPENT},
+        rows_dropped=answered.rows_in - written.rows_in,
+        steps=steps,
         rows_read=notes["rows_read"],
         rows_filtered=notes["rows_filtered"],
         rows_in=len(parcel.prompts or ()),
@@ -81,6 +79,7 @@ def recount(standing: ShardStats, retried: ShardStats, rows: pa.Table) -> ShardS
         rows_read=standing.rows_read,
         rows_filtered=standing.rows_filtered,
         rows_in=standing.rows_in,
+        rows_dropped=standing.rows_dropped + retried.rows_dropped,
         **{name: getattr(counted, name) for name in COUNTED},
     )
 

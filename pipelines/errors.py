@@ -92,6 +92,8 @@ ROW_ERROR_CODES: dict[str, str] = {
     "invalid_request": "the engine refused the request's parameters or tokens",
     "request_timeout": "no answer within errors.request_timeout_s",
     "engine_crash": "the engine died each time it ran this row, also with nothing beside it",
+    "parse_error": "a `parse` step could not read the answer",
+    "step_error": "the function of a `map` step raised, or returned other columns or types than the step adds",
     "prompt_crash": "the process died each time it made this row's prompt, also with nothing beside it",
 }
 

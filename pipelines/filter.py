@@ -29,6 +29,8 @@ class Filter:
     """A compiled row condition."""
 
     text: str
+    key: str
+    """Where the condition stands in the job file."""
     columns: frozenset[str]
     """Top-level columns that the condition reads."""
     _evaluate: Evaluate = field(repr=False, compare=False)
@@ -46,9 +48,9 @@ class Filter:
         try:
             value = self._evaluate(table)
         except RecursionError:
-            raise SpecError(f"{named(self.text)}: too deeply nested") from None
+            raise SpecError(f"{named(self.text, self.key)}: too deeply nested") from None
         if not pa.types.is_boolean(value.type):
-            raise SpecError(f"{named(self.text)}: gives {value.type} values, not true or false")
+            raise SpecError(f"{named(self.text, self.key)}: gives {value.type} values, not true or false")
         if isinstance(value, pa.Scalar):
             return pa.array([value.as_py() is True] * table.num_rows, pa.bool_())
         if isinstance(value, pa.ChunkedArray):
@@ -56,10 +58,10 @@ class Filter:
         return pc.fill_null(value, False)
 
 
-def compile_filter(text: str) -> Filter:
-    """Compile a row condition. Raises SpecError that quotes the text and the part that is not understood."""
+def compile_filter(text: str, key: str = "input.filter") -> Filter:
+    """Compile a row condition, which stands under `key` in the job file. Raises SpecError that quotes the text and the part that is not understood."""
     stripped = text.strip()
-    compiler = Compiler(stripped)
+    compiler = Compiler(stripped, key)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # `is 'en'`: refused below with a better message
@@ -68,10 +70,10 @@ def compile_filter(text: str) -> Filter:
     except SyntaxError as error:
         place = f" at character {error.offset}" if error.offset else ""
         hint = "; compare with ==" if _LONE_EQUALS.search(stripped) else ""
-        raise SpecError(f"{named(stripped)}: not a condition: {error.msg}{place}{hint}") from None
+        raise SpecError(f"{named(stripped, key)}: not a condition: {error.msg}{place}{hint}") from None
     except (ValueError, RecursionError, MemoryError) as error:
-        raise SpecError(f"{named(stripped)}: cannot be parsed: {error}") from None
-    return Filter(stripped, frozenset(compiler.columns), evaluate)
+        raise SpecError(f"{named(stripped, key)}: cannot be parsed: {error}") from None
+    return Filter(stripped, key, frozenset(compiler.columns), evaluate)
 
 
 def _nullable(schema: pa.Schema) -> pa.Schema:

@@ -49,14 +49,14 @@ _ARITHMETIC: dict[type[ast.operator], str] = {
 class Compiler:
     """Turns allowed syntax nodes into closures over a table; everything else is a SpecError."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, key: str) -> None:
+        self.text, self.key = text, key
         self.columns: set[str] = set()
 
     def error(self, node: ast.AST, problem: str) -> SpecError:
         part = ast.get_source_segment(self.text, node) or self.text
         where = "" if part == self.text else f", in {part!r}"
-        return SpecError(f"{named(self.text)}: {problem}{where}")
+        return SpecError(f"{named(self.text, self.key)}: {problem}{where}")
 
     def compile(self, node: ast.expr) -> Evaluate:
         match node:
@@ -325,9 +325,9 @@ class Compiler:
         raise self.error(node, f"{x.type} cannot be compared with {y.type}")
 
 
-def named(text: str) -> str:
+def named(text: str, key: str) -> str:
     """How a message begins: the key and the condition, shortened."""
-    return f"input.filter {text if len(text) <= 200 else text[:200] + '…'!r}"
+    return f"{key} {text if len(text) <= 200 else text[:200] + '…'!r}"
 
 
 def _plain(value: Value) -> Value:

@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.contracts import FORMAT_VERSION, Provenance, Shard, Work, result_schema
+from pipelines.contracts import FORMAT_VERSION, Provenance, Shard, Work
 from pipelines.counting import count, recount, tally
 from pipelines.errors import PartDamaged, ShardError
 from pipelines.part import Footer, Part, Retried, build_part, part_of, raise_if_damaged, read_part, to_parquet
 from pipelines.place import places
 from pipelines.stage import Parcel
+from pipelines.steps import Steps, part_schema
 from pipelines.storage import Storage
 
 
@@ -50,8 +51,11 @@ def failed_rows(storage: Storage, shard: Shard, work: Work) -> pa.Array | None:
     return standing.rows["row_id"].filter(matching).combine_chunks()
 
 
-def merge(storage: Storage, parcel: Parcel, result: pa.Table, work: Work, provenance: Provenance) -> Footer:
-    """Put the result rows in place of those that are still failed; the footer that stands afterwards.
+def merge(
+    storage: Storage, parcel: Parcel, answers: pa.Table, steps: Steps, work: Work, provenance: Provenance
+) -> Footer:
+    """Put what the steps make of the answers in place of the rows that are still failed; the footer that stands
+    afterwards.
 
     Raises ShardError when the part is gone or damaged: a merge never makes a part.
     """
@@ -64,12 +68,12 @@ def merge(storage: Storage, parcel: Parcel, result: pa.Table, work: Work, proven
         before = standing.part.footer
         if before.retry_by(work.run_id):
             return before
-        rows, new = _replaced(
-            standing.rows, result, shard, result_schema(work.input_schema, work.output, work.sampling)
-        )
-        run_again = tally(new).rows_in
+        again = _still_failed(standing.rows, answers)
+        new, counts = steps.run(again)
+        rows = _replaced(standing.rows, again, new, shard, part_schema(work))
+        run_again = tally(again).rows_in
         retried = replace(
-            count(parcel, new),
+            count(parcel, again, new, counts),
             rows_read=run_again,
             rows_filtered=0,
             rows_in=run_again,
@@ -138,15 +142,21 @@ def _table(data: bytes, columns: list[str] | None, where: str) -> pa.Table:
         raise
 
 
+def _still_failed(standing: pa.Table, answers: pa.Table) -> pa.Table:
+    """The answers to rows that nobody has answered meanwhile."""
+    failed = standing["row_id"].filter(pc.is_valid(standing["error_code"]))
+    return answers.filter(pc.is_in(answers["row_id"], value_set=failed.combine_chunks()))
+
+
 def _replaced(
-    standing: pa.Table, result: pa.Table, shard: Shard, schema: pa.Schema
-) -> tuple[pa.Table, pa.Table]:
-    """(all rows of the shard after the merge, in input order; those of them that are new)."""
+    standing: pa.Table, again: pa.Table, new: pa.Table, shard: Shard, schema: pa.Schema
+) -> pa.Table:
+    """All rows of the shard after the merge, in input order: `new` in the places of those that were run `again`."""
     if standing.column_names != schema.names:
         raise ShardError(f"{shard.part_name} has other columns than this job's: {standing.column_names}")
-    failed = standing["row_id"].filter(pc.is_valid(standing["error_code"]))
-    new = result.filter(pc.is_in(result["row_id"], value_set=failed.combine_chunks()))
-    kept = standing.filter(pc.invert(pc.is_in(standing["row_id"], value_set=new["row_id"].combine_chunks())))
+    kept = standing.filter(
+        pc.invert(pc.is_in(standing["row_id"], value_set=again["row_id"].combine_chunks()))
+    )
     # Parquet gives some types back as others (seconds as milliseconds): the part's schema stays what it was.
     rows = pa.concat_tables([kept.cast(schema), new]).unify_dictionaries()
     keys = places(rows["row_id"], shard).append_column("sample_index", rows["sample_index"])
@@ -155,7 +165,7 @@ def _replaced(
     order = pc.sort_indices(
         keys, sort_keys=[(column, "ascending") for column in ("span", "position", "sample_index")]
     )
-    return rows.take(order), new
+    return rows.take(order)
 
 
 def _keep_errors(storage: Storage, shard: Shard, name: str, rows: pa.Table, work: Work) -> None:

@@ -1,0 +1,163 @@
+"""The `steps:` of a job file: what is made of the answers before they are written, in this order.
+
+steps:
+  - parse:  {json: {score: int64, reason: string}}
+  - map:    {function: "acme_checks.score:verify", adds: {correct: bool}}
+  - filter: {where: "correct and score >= 3"}
+  - select: {by: score, keep: 1}
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+import pyarrow as pa
+from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
+
+from pipelines.settings import Settings, Text
+
+#: Type names that a step may give its columns, besides `list<…>` of one of them.
+TYPES: dict[str, pa.DataType] = {
+    name: pa.type_for_alias(name)
+    for name in ("string", "bool", "int32", "int64", "float32", "float64", "date32", "timestamp[us]")
+}
+_LIST = re.compile(r"list<(.+)>")
+
+
+def arrow_type(name: str) -> pa.DataType:
+    """The Arrow type that a type name of the job file stands for. Raises ValueError."""
+    if inner := _LIST.fullmatch(name):
+        return pa.list_(arrow_type(inner.group(1)))
+    if name not in TYPES:
+        raise ValueError(f"{name!r} is no type; there are {', '.join(TYPES)} and list<…> of one of them")
+    return TYPES[name]
+
+
+def _typed(columns: dict[str, str]) -> dict[str, str]:
+    for name in columns.values():
+        arrow_type(name)
+    return columns
+
+
+#: Column → type name.
+Columns = Annotated[dict[Text, Text], Field(min_length=1), AfterValidator(_typed)]
+
+
+class ParseStep(Settings):
+    """Take columns out of a text; give exactly one of `json`, `regex`, `xml`."""
+
+    column: Text = "generated_text"
+    """The text to read."""
+    json_: Annotated[Columns | None, Field(alias="json")] = None
+    """Keys of the first JSON object in the text, and their types; JSON's null becomes null."""
+    regex: Text | None = None
+    """A regular expression with named groups (`(?P<score>\\d+)`), searched for anywhere in the text."""
+    types: Annotated[dict[Text, Text], AfterValidator(_typed)] = Field(default_factory=dict)
+    """Only for `regex`: types of its groups; string where none is given."""
+    xml: Columns | None = None
+    """Tags, and the types of what stands between `<tag>` and `</tag>`; the first of each."""
+    on_error: Literal["fail", "null", "drop"] = "fail"
+    """A text that cannot be read so: the record fails with `parse_error`, keeps nulls, or is dropped."""
+
+    @property
+    def adds(self) -> dict[str, str]:
+        if self.regex is not None:
+            return {name: self.types.get(name, "string") for name in re.compile(self.regex).groupindex}
+        return self.json_ or self.xml or {}
+
+    @field_validator("regex")
+    @classmethod
+    def _has_groups(cls, regex: str | None) -> str | None:
+        if regex is not None:
+            try:
+                groups = re.compile(regex, re.DOTALL).groupindex
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+            if not groups:
+                raise ValueError("has no named group; write (?P<name>…) around what becomes a column")
+        return regex
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ParseStep:
+        given = [name for name in ("json_", "regex", "xml") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of json, regex, xml")
+        if strangers := self.types.keys() - (self.adds if self.regex else {}):
+            raise ValueError(f"types: {', '.join(sorted(strangers))}: no group of regex has this name")
+        return self
+
+
+class MapStep(Settings):
+    """Call a function of yours for each record."""
+
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
+    """`package.module:name` of a function `(record: dict) -> dict`, in a package of your own. It returns the columns of
+    `adds`; an exception fails the record with `step_error`."""
+    adds: Columns
+    """The columns that it returns, and their types."""
+
+
+class FilterStep(Settings):
+    """Keep the records for which a condition holds."""
+
+    where: Text
+    """As `input.filter`, over all columns that are there by now; a record whose condition is null is dropped."""
+
+
+class SelectStep(Settings):
+    """Keep the best of each row's samples (best of n)."""
+
+    by: Text
+    """A column of numbers or booleans. Nulls come last, of equal ones the first sample."""
+    keep: PositiveInt = 1
+    """How many of each row's samples stay; they keep their `sample_index`."""
+    order: Literal["largest", "smallest"] = "largest"
+    """Which values are the best."""
+
+
+class StepSettings(Settings):
+    """One step: exactly one of `parse`, `map`, `filter`, `select`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")] | None = None
+    """Stands in the statistics; default: what the step does, with a number where there are several of the kind."""
+    parse: ParseStep | None = None
+    """Take columns out of a text."""
+    map: MapStep | None = None
+    """Call a function of yours for each record."""
+    filter: FilterStep | None = None
+    """Keep the records for which a condition holds."""
+    select: SelectStep | None = None
+    """Keep the best of each row's samples."""
+
+    @property
+    def kind(self) -> str:
+        return next(name for name in ("parse", "map", "filter", "select") if getattr(self, name) is not None)
+
+    @property
+    def adds(self) -> pa.Schema:
+        """The columns that the step adds, all nullable."""
+        step = self.parse or self.map
+        return pa.schema([(name, arrow_type(kind)) for name, kind in (step.adds if step else {}).items()])
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> StepSettings:
+        kinds = ("parse", "map", "filter", "select")
+        given = [name for name in kinds if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"give exactly one of {', '.join(kinds)}; found {found}")
+        return self
+
+
+def step_names(steps: tuple[StepSettings, ...]) -> tuple[str, ...]:
+    """The name of each step in statistics: its own, or `parse`, `parse-2` …"""
+    names: list[str] = []
+    for step in steps:
+        plain, number = step.name or step.kind, 1
+        name = plain
+        while name in names:
+            number += 1
+            name = f"{plain}-{number}"
+        names.append(name)
+    return tuple(names)
