@@ -1,10 +1,7 @@
-"""`dray schedule next|run|backfill`, and `dray export` for those who have a scheduler already."""
+"""`dray schedule next|run|backfill`."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any
@@ -12,11 +9,8 @@ from typing import Any
 import click
 from rich.markup import escape
 
-from jobs.cli_submit import address_option
 from jobs.command import command, job_arguments, main, show, stderr
-from pipelines import __version__
 from pipelines.errors import SpecError
-from pipelines.storage import locate
 
 
 @main.group("schedule")
@@ -43,7 +37,7 @@ def run(target: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Stay in the foreground and run the job at its times; Ctrl-C or SIGTERM ends it and the run that goes on."""
     from jobs.scheduler import Runs, run_schedule, schedule_of
 
-    job = _job_file(target, overrides)
+    job = job_file_of(target, overrides)
     upcoming = next(schedule_of(job).times(datetime.now(UTC)))
     _tell(f"{job.spec.name}: next at {upcoming.isoformat(timespec='minutes')}")
     run_schedule(job, Runs(target=target, overrides=overrides), notify=_tell)
@@ -59,7 +53,7 @@ def backfill(target: str, overrides: tuple[str, ...], first: str, last: str, as_
     from jobs.schedule import parse_moment
     from jobs.scheduler import Runs, schedule_of
 
-    job = _job_file(target, overrides)
+    job = job_file_of(target, overrides)
     zone = schedule_of(job).zone
     begin, end = parse_moment(first, zone), parse_moment(last, zone)
     if len(last) == len("2026-11-22"):
@@ -72,7 +66,8 @@ def backfill(target: str, overrides: tuple[str, ...], first: str, last: str, as_
     show(done, text, as_json=as_json)
 
 
-def _job_file(target: str, overrides: tuple[str, ...]) -> Any:
+def job_file_of(target: str, overrides: tuple[str, ...]) -> Any:
+    """The job of a job file; a schedule needs one."""
     from jobs.target import is_job_file, job_of
 
     if not is_job_file(target):
@@ -82,54 +77,3 @@ def _job_file(target: str, overrides: tuple[str, ...]) -> Any:
 
 def _tell(line: str) -> None:
     stderr.print(escape(line))
-
-
-@command("export")
-@click.argument("scheduler", type=click.Choice(["airflow", "dagster", "cron", "kubernetes"]))
-@job_arguments
-@click.option("-o", "--out", metavar="FILE", help="Where to write; default: stdout.")
-@click.option(
-    "--dray", metavar="PROGRAM", help="How to call Dray there; default: dray, for cron its full path."
-)
-@address_option(required=False)
-@click.option("--folder", metavar="FOLDER", help="Where to run it there; default: this one.")
-@click.option("--image", metavar="IMAGE", help="For kubernetes; default: dray with this version's tag.")
-def export(
-    scheduler: str,
-    target: str,
-    overrides: tuple[str, ...],
-    out: str | None,
-    dray: str | None,
-    address: str | None,
-    folder: str | None,
-    image: str | None,
-    as_json: bool,
-) -> None:
-    """Write a job's schedule as an Airflow DAG, a Dagster definition, crontab lines or a Kubernetes CronJob.
-
-    With --address each run is submitted to that cluster, and followed.
-    """
-    from jobs.export import EXPORTS, Call
-
-    call = Call(
-        target=target,
-        overrides=overrides,
-        dray=dray or (_program() if scheduler == "cron" else "dray"),
-        address=address,
-        folder=folder or os.getcwd(),
-        image=image or f"dray:{__version__}",
-        today=datetime.now(UTC),
-    )
-    text = EXPORTS[scheduler](_job_file(target, overrides), call)
-    if out is None and not as_json:
-        click.echo(text, nl=False)
-        return
-    if out is not None:
-        storage, name = locate(out)
-        storage.write(name, text.encode())
-    show({"scheduler": scheduler, "file": out, "text": text}, f"{out}: written", as_json=as_json)
-
-
-def _program() -> str:
-    """The path of `dray`; cron's PATH is short."""
-    return shutil.which(sys.argv[0]) or shutil.which("dray") or "dray"

@@ -54,7 +54,7 @@ def repair(
         else:
             clear_unreferenced_errors(storage, plan, books)
         write_stats(storage, books)
-        write_card(storage, stored_report(storage, record, books))
+        write_card(storage, books, stored_report(storage, record, books))
         done.append("rebuilt stats/shards.parquet and README.md from the footers")
     return {**verdict_of(storage, found, deep=deep), "done": done}
 

@@ -162,7 +162,7 @@ class _RetryDriver(Driver):
         self._clear(books)
         write_stats(self.storage, books)
         report = self._report(books, succeeded=within)
-        write_card(self.storage, report)
+        write_card(self.storage, books, report)
         if books.missing:
             self._tell(
                 "done", note=f"{len(books.missing):,} shards are not committed yet: `dray resume` runs them"

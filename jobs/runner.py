@@ -375,7 +375,7 @@ class Driver:
         succeeded = books.totals.error_rate <= self.work.errors.max_error_rate
         write_stats(self.storage, books)
         report = self._report(books, succeeded=succeeded)
-        write_card(self.storage, report)
+        write_card(self.storage, books, report)
         self.budget.check_total(books.totals, (part.footer for part in books.parts))
         self.lock.confirm()  # the plan may have been extended while this process slept
         succeed(self.storage, report)

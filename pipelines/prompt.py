@@ -21,7 +21,7 @@ from pipelines.errors import ROW_ERROR_CODES, RowError, SpecError
 from pipelines.messages import Message, Turns, checked, conversation, has_system
 from pipelines.row_limits import row_limits
 from pipelines.settings import PromptSettings, SamplingSettings
-from pipelines.template import Template, null, one_line
+from pipelines.template import GLOBALS, Template, null, one_line
 
 #: Columns that reading adds; the last ones of these names, should the input have such columns itself.
 _ADDED = ("row_id", "error_code", "error_message")
@@ -168,6 +168,42 @@ class PromptBuilder:
             else:
                 token_ids[place] = result
         return token_ids
+
+
+class Conversations:
+    """The messages that a job's prompt makes of rows, as OpenAI has them, without a model's chat template.
+
+    Raises SpecError as `PromptBuilder` does.
+    """
+
+    def __init__(self, settings: PromptSettings, folders: Sequence[str] = ()) -> None:
+        self._system = None if settings.system is None else Template(settings.system, "prompt.system")
+        template = None if settings.template is None else Template(settings.template, "prompt.template")
+        self._source = _source(settings, folders)
+        self.needs: frozenset[str] = frozenset(
+            {name for name in (settings.messages_column, settings.prompt_column) if name}
+        ).union(
+            *(
+                each.columns - each.optional - GLOBALS - {"row_id"}
+                for each in (template, self._system)
+                if each
+            )
+        )
+        """The columns without which there is no prompt; a function says nothing of its own."""
+
+    def __call__(self, table: pa.Table) -> list[list[Message] | RowError]:
+        """One conversation for each row of the table, or why there is none."""
+        systems = [None] * table.num_rows if self._system is None else _rendered(self._system, table)
+        found: list[list[Message] | RowError] = []
+        for turns, system in zip(self._source(table), systems, strict=True):
+            outcome = checked(turns)
+            if isinstance(outcome, RowError):
+                found.append(outcome)
+            elif isinstance(system, RowError) and not has_system(outcome):
+                found.append(system)
+            else:
+                found.append(conversation(outcome, system))
+        return found
 
 
 # ── Where the turns come from ────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,216 @@
+"""The dataset card: a README.md that says what a dataset holds, how it was made, and of what.
+
+Its front matter is Hugging Face's (https://huggingface.co/docs/hub/datasets-cards), so that `datasets.load_dataset` reads
+the right files. Settings appear as the job file wrote them, with references in place of what they refer to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+
+from jobs.books import Books
+from jobs.pinning import PIN, described
+from jobs.report import Report, percentiles, seconds, step_counts
+from jobs.report_rows import shown
+from pipelines import __version__
+from pipelines.contracts import LOGPROBS_FIELD, RESULT_FIELDS
+from pipelines.step_settings import StepSettings
+from pipelines.storage import Storage
+
+if TYPE_CHECKING:
+    from jobs.dataset import Exported
+
+#: Records shown in full width.
+EXAMPLES = 3
+_OWN = frozenset(field.name for field in (*RESULT_FIELDS, LOGPROBS_FIELD))
+#: Sections of the job file that make a dataset what it is.
+_RECIPE = ("prompt", "model", "sampling", "steps")
+_WHERE = frozenset({"storage_options"})
+
+
+def output_card(storage: Storage, record: Mapping[str, Any], books: Books, report: Report) -> str:
+    """The card of an output: `data/` and the statistics of its shards."""
+    configs = [
+        {"config_name": "default", "data_files": "data/*.parquet"},
+        {"config_name": "stats", "data_files": "stats/*.parquet"},
+    ]
+    end = """\
+Each record is named by (`row_id`, `sample_index`); a row without an answer says why in `error_code` and `error_message`.
+Statistics of each shard are in `stats/shards.parquet`, and in the footer of its part.
+"""
+    schema = books.parts[0].schema if books.parts else pa.schema([])
+    return _card(storage, record, books, report, schema, configs, {}, end)
+
+
+def dataset_card(
+    storage: Storage, record: Mapping[str, Any], books: Books, report: Report, exported: Exported
+) -> str:
+    """The card of an exported dataset folder."""
+    splits = [
+        {"split": name, "path": f"data/{name}-*.parquet"} for name, files in exported.files.items() if files
+    ]
+    schema = books.parts[0].schema if books.parts else pa.schema([])
+    end = (
+        f"Made by `dray export huggingface`; {exported.left_out:,} records without an answer were left out.\n"
+    )
+    configs = [{"config_name": "default", "data_files": splits}]
+    return _card(storage, record, books, report, schema, configs, exported.records, end)
+
+
+def _card(
+    storage: Storage,
+    record: Mapping[str, Any],
+    books: Books,
+    report: Report,
+    schema: pa.Schema,
+    configs: list[dict[str, Any]],
+    splits: Mapping[str, int],
+    end: str,
+) -> str:
+    stats, latency = report.stats, percentiles(report.stats, "latency_s")
+    raw, identity = record["spec"], record["identity"]
+    front = {
+        "configs": configs,
+        "size_categories": [_size(sum(splits.values()) or stats.samples)],
+        "tags": ["synthetic", "dray"],
+    }
+    facts = {
+        "state": report.state,
+        "rows": f"{stats.rows_ok:,} ok, {stats.rows_failed:,} failed"
+        + (f", {stats.rows_dropped:,} dropped" if stats.rows_dropped else ""),
+        "samples": f"{stats.samples:,}",
+        **{f"split `{name}`": f"{records:,} records" for name, records in splits.items()},
+        **{f"step {name}": step_counts(counts) for name, counts in stats.steps.items()},
+        "prompt / completion tokens": f"{stats.prompt_tokens:,} / {stats.completion_tokens:,}",
+        "finish": ", ".join(f"{k} {v:,}" for k, v in stats.finish_reasons.items()) or "–",
+        "errors": ", ".join(f"{k} {v:,}" for k, v in stats.error_codes.items()) or "none",
+        "latency p50 / p95": f"{seconds(latency['p50'])} / {seconds(latency['p95'])}",
+        "shards": f"{report.shards_committed:,} of {report.shards_planned:,}",
+    }
+    model = raw.get("model") or {}
+    origin = {
+        "model": str(model.get("source", "–")),
+        "pinned": described(record.get(PIN)) or "the folder as it was",
+        "licence of the model": _licence(model.get("source")),
+        "engine": ", ".join(report.engines) or "–",
+        "runs": ", ".join(run.run_id for run in report.runs[-8:]),
+        "Dray": __version__,
+        "spec": report.fingerprint,
+    }
+    recipe = {name: _without_places(raw[name]) for name in _RECIPE if raw.get(name)}
+    simulated = "\n**The answers come from the simulated engine.**\n" if report.simulated else ""
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False).rstrip(),
+            "---",
+            f"# {report.job}",
+            simulated,
+            *_table("", "", facts.items()),
+            "\n## Columns\n",
+            *_table(
+                "column",
+                "type",
+                (
+                    (f"`{field.name}`{_whence(field.name, record['identity'])}", str(field.type))
+                    for field in schema
+                ),
+            ),
+            "\n## How it was made\n",
+            *_table("", "", origin.items()),
+            "",
+            *_fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100).rstrip(), "yaml"),
+            *_examples(storage, books, raw),
+            "",
+            end,
+        ]
+    )
+
+
+def _examples(storage: Storage, books: Books, raw: Mapping[str, Any]) -> list[str]:
+    """The first good records, column by column; none where the job hides any column: an answer may quote it."""
+    if (raw.get("report") or {}).get("redact"):
+        return []
+    for part in books.parts:
+        if part.footer.stats.rows_ok and part.rows:
+            try:
+                with storage.open_input(f"data/{part.name}") as file, pq.ParquetFile(file) as parquet:
+                    records = parquet.read_row_group(0)
+            except (OSError, pa.ArrowException):
+                continue  # gone or damaged: what `dray verify` tells
+            good = records.filter(pc.is_null(records["error_code"])).slice(0, EXAMPLES).to_pylist()
+            lines = ["\n## Examples"]
+            for record in good:
+                lines += [
+                    "",
+                    *_table(
+                        "column",
+                        "value",
+                        ((f"`{name}`", shown(value)) for name, value in record.items() if value is not None),
+                    ),
+                ]
+            return lines if good else []
+    return []
+
+
+def _whence(name: str, identity: Mapping[str, Any]) -> str:
+    if name in _OWN:
+        return " (Dray)"
+    steps = (StepSettings.model_validate(step) for step in identity.get("steps", ()))
+    return " (a step)" if any(name in step.adds.names for step in steps) else ""
+
+
+def _licence(source: Any) -> str:
+    """What the card of a local model folder states."""
+    try:
+        text = Path(str(source), "README.md").read_text(encoding="utf-8")
+        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+        return str(front.get("license") or "not stated")
+    except (OSError, IndexError, AttributeError, UnicodeDecodeError, yaml.YAMLError):
+        return "not stated"
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_places(item) for key, item in value.items() if key not in _WHERE}
+    return [_without_places(item) for item in value] if isinstance(value, list) else value
+
+
+def _size(records: int) -> str:
+    """Hugging Face's category for a number of records."""
+    bounds = [
+        (10**3, "n<1K"),
+        (10**4, "1K<n<10K"),
+        (10**5, "10K<n<100K"),
+        (10**6, "100K<n<1M"),
+        (10**7, "1M<n<10M"),
+    ]
+    return next((name for bound, name in bounds if records < bound), "n>10M")
+
+
+def _table(left: str, right: str, lines: Any) -> list[str]:
+    return [
+        f"| {left} | {right} |",
+        "|---|---|",
+        *(f"| {_cell(name)} | {_cell(value)} |" for name, value in lines),
+    ]
+
+
+def _cell(text: str) -> str:
+    """Fit for a Markdown table: in one line, and nothing in it is read as a cell's end or as HTML."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _fenced(text: str, language: str) -> Sequence[str]:
+    """A code block whose fence is longer than any in the text."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return [f"{fence}{language}", text, fence]

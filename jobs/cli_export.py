@@ -1,0 +1,223 @@
+"""`dray export`: a job's schedule for those who have a scheduler already, and an output as a dataset."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+from rich.markup import escape
+
+from jobs.cli_schedule import job_file_of
+from jobs.cli_submit import address_option
+from jobs.command import command, job_arguments, main, show
+from pipelines import __version__
+from pipelines.errors import SpecError
+from pipelines.storage import locate
+
+
+@main.group("export")
+def export() -> None:
+    """Hand on an output as a dataset, or a job's schedule to another scheduler."""
+
+
+# ── Schedules ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_SCHEDULERS = {
+    "airflow": "Write a job's schedule as an Airflow DAG.",
+    "dagster": "Write a job's schedule as a Dagster definition.",
+    "cron": "Write a job's schedule as crontab lines.",
+    "kubernetes": "Write a job's schedule as a Kubernetes CronJob.",
+}
+
+
+def _scheduler(name: str, what: str) -> None:
+    @command(name, export)
+    @job_arguments
+    @click.option("-o", "--out", metavar="FILE", help="Where to write; default: stdout.")
+    @click.option(
+        "--dray", metavar="PROGRAM", help="How to call Dray there; default: dray, for cron its full path."
+    )
+    @address_option(required=False)
+    @click.option("--folder", metavar="FOLDER", help="Where to run it there; default: this one.")
+    @click.option("--image", metavar="IMAGE", help="For kubernetes; default: dray with this version's tag.")
+    def write(
+        target: str,
+        overrides: tuple[str, ...],
+        out: str | None,
+        dray: str | None,
+        address: str | None,
+        folder: str | None,
+        image: str | None,
+        as_json: bool,
+    ) -> None:
+        from jobs.export import EXPORTS, Call
+
+        call = Call(
+            target=target,
+            overrides=overrides,
+            dray=dray or (_program() if name == "cron" else "dray"),
+            address=address,
+            folder=folder or os.getcwd(),
+            image=image or f"dray:{__version__}",
+            today=datetime.now(UTC),
+        )
+        text = EXPORTS[name](job_file_of(target, overrides), call)
+        if out is None and not as_json:
+            click.echo(text, nl=False)
+            return
+        if out is not None:
+            storage, file = locate(out)
+            storage.write(file, text.encode())
+        show({"scheduler": name, "file": out, "text": text}, f"{out}: written", as_json=as_json)
+
+    write.help = f"{what}\n\nWith --address each run is submitted to that cluster, and followed."
+
+
+for _name, _what in _SCHEDULERS.items():
+    _scheduler(_name, _what)
+
+
+def _program() -> str:
+    """The path of `dray`; cron's PATH is short."""
+    return shutil.which(sys.argv[0]) or shutil.which("dray") or "dray"
+
+
+# ── Datasets ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _dataset_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        [
+            click.argument("target", metavar="OUT"),
+            click.argument("to", metavar="FOLDER"),
+            click.option(
+                "--split",
+                "split",
+                multiple=True,
+                metavar="NAME=SHARE",
+                help="For example train=0.9, and again validation=0.1; default: all is train.",
+            ),
+            click.option(
+                "--split-by", metavar="COLUMN", help="Rows of one value stay in one split; default: row_id."
+            ),
+            click.option(
+                "--file-size", default="256MB", show_default=True, help="About how large a file gets."
+            ),
+            click.option("--partial", is_flag=True, help="Also of an output that is not finished."),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+_columns = click.option("--columns", metavar="A,B", help="Only these columns, in this order.")
+
+
+@command("huggingface", export)
+@_dataset_options
+@_columns
+def huggingface(target: str, to: str, columns: str | None, as_json: bool, **options: Any) -> None:
+    """Write the good records as a dataset folder (Parquet and a card) that `datasets.load_dataset` reads."""
+    from jobs.dataset_formats import ParquetSink, with_columns
+
+    _write(
+        target,
+        to,
+        "parquet",
+        ParquetSink,
+        with_columns(_listed(columns)),
+        as_json=as_json,
+        card=True,
+        **options,
+    )
+
+
+@command("jsonl", export)
+@_dataset_options
+@_columns
+def jsonl(target: str, to: str, columns: str | None, as_json: bool, **options: Any) -> None:
+    """Write the good records as JSON lines."""
+    from jobs.dataset_formats import JsonSink, with_columns
+
+    _write(target, to, "jsonl", JsonSink, with_columns(_listed(columns)), as_json=as_json, **options)
+
+
+@command("openai", export)
+@_dataset_options
+def openai(target: str, to: str, as_json: bool, **options: Any) -> None:
+    """Write prompts and answers as OpenAI's lines for chat fine-tuning."""
+    from jobs.dataset_formats import LineSink, as_chats
+    from jobs.proposal import own_folders
+    from jobs.target import job_of
+
+    spec = job_of(target).spec
+    chats = as_chats(spec.prompt, spec.output.rename, own_folders())
+    _write(target, to, "jsonl", LineSink, chats, as_json=as_json, **options)
+
+
+def _write(
+    target: str,
+    to: str,
+    suffix: str,
+    sink: Any,
+    prepare: Any,
+    *,
+    split: tuple[str, ...],
+    split_by: str | None,
+    file_size: str,
+    partial: bool,
+    as_json: bool,
+    card: bool = False,
+) -> None:
+    from jobs.books import fold
+    from jobs.card import dataset_card
+    from jobs.dataset import Splits, export_dataset
+    from jobs.inspect import opened, stored_report
+    from jobs.target import output_of
+
+    storage = output_of(target)
+    record, plan = opened(storage)
+    books = fold(storage, plan)
+    report = stored_report(storage, record, books)
+    done = export_dataset(
+        storage,
+        books,
+        to,
+        suffix=suffix,
+        sink=sink,
+        prepare=prepare,
+        splits=Splits.of(split, split_by),
+        file_bytes=_bytes(file_size),
+        card=(lambda exported: dataset_card(storage, record, books, report, exported)) if card else None,
+        partial=partial,
+    )
+    lines = [
+        f"{name}: {done.records[name]:,} records in {len(files)} files" for name, files in done.files.items()
+    ]
+    left = (
+        f"{done.left_out:,} records left out (failed, or without an answer)"
+        if done.left_out
+        else "nothing left out"
+    )
+    show(asdict(done), escape("\n".join([f"{to}:", *lines, left])), as_json=as_json)
+
+
+def _listed(columns: str | None) -> list[str] | None:
+    return None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS or not float(match[1]):
+        raise SpecError(f"--file-size {text}: write it as 256MB or 1GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

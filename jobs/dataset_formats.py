@@ -1,0 +1,141 @@
+"""What a dataset's files hold: Parquet, JSON lines, or OpenAI's lines for chat fine-tuning."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable, Mapping
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.errors import RowError, SpecError
+from pipelines.prompt import Conversations
+from pipelines.settings import PromptSettings
+
+#: Rows of a row group in a Parquet file.
+_GROUP_ROWS = 16_384
+
+
+class ParquetSink:
+    """A Parquet file with row groups of up to 16 Ki rows."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._sink = io.BytesIO()
+        self._writer = pq.ParquetWriter(self._sink, schema, compression="zstd")
+        self._waiting: list[pa.Table] = []
+        self._rows = 0
+
+    @property
+    def size(self) -> int:
+        waiting: int = sum(table.nbytes for table in self._waiting)
+        return self._sink.tell() + waiting // 3  # about what zstd makes of text
+
+    def write(self, records: pa.Table) -> None:
+        self._waiting.append(records)
+        self._rows += len(records)
+        if self._rows >= _GROUP_ROWS:
+            self._flush()
+
+    def close(self) -> bytes:
+        self._flush()
+        self._writer.close()
+        return self._sink.getvalue()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.concat_tables(self._waiting).unify_dictionaries())
+            self._waiting, self._rows = [], 0
+
+
+class JsonSink:
+    """One JSON object a line, in UTF-8."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._lines = bytearray()
+
+    @property
+    def size(self) -> int:
+        return len(self._lines)
+
+    def write(self, records: pa.Table) -> None:
+        for record in records.to_pylist():
+            self._lines += json.dumps(plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+    def close(self) -> bytes:
+        return bytes(self._lines)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: times as ISO 8601, decimals as text, bytes in base64, NaN and infinities as null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, datetime | date | time):
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return str(value) if isinstance(value, Decimal) else value
+
+
+def with_columns(columns: list[str] | None) -> Callable[[pa.Table], pa.Table]:
+    """What is written: these columns, or all but those that say why a record failed. Raises SpecError."""
+
+    def prepare(records: pa.Table) -> pa.Table:
+        if columns is None:
+            return records.drop_columns(["error_code", "error_message"])
+        if missing := [name for name in columns if name not in records.column_names]:
+            raise SpecError(
+                f"--columns: the output has no column {missing[0]!r}; it has {', '.join(records.column_names)}"
+            )
+        return records.select(columns)
+
+    return prepare
+
+
+def as_chats(
+    prompt: PromptSettings, rename: Mapping[str, str], folders: tuple[str, ...]
+) -> Callable[[pa.Table], pa.Table]:
+    """Records as OpenAI's fine-tuning lines: `messages`, the last of them the answer.
+
+    https://platform.openai.com/docs/guides/supervised-fine-tuning: a record whose prompt gives no messages, or whose
+    answer is empty, is left out. Raises SpecError where the prompt needs a column that the output does not hold.
+    """
+    conversations = Conversations(prompt, folders)
+    back = {new: old for old, new in rename.items()}
+
+    def prepare(records: pa.Table) -> pa.Table:
+        rows = records.rename_columns([back.get(name, name) for name in records.column_names])
+        if missing := sorted(conversations.needs - set(rows.column_names)):
+            raise SpecError(
+                f"openai: the prompt needs the column {missing[0]!r}, which the output does not hold"
+            )
+        found = conversations(rows.drop_columns(["error_code", "error_message"]))
+        lines = [
+            {"messages": [*messages, {"role": "assistant", "content": text}]}
+            for messages, text in zip(found, records["generated_text"].to_pylist(), strict=True)
+            if not isinstance(messages, RowError) and text
+        ]
+        return pa.table(
+            {"line": pa.array([json.dumps(line, ensure_ascii=False) for line in lines], pa.string())}
+        )
+
+    return prepare
+
+
+class LineSink(JsonSink):
+    """Lines that are JSON already."""
+
+    def write(self, records: pa.Table) -> None:
+        for line in records["line"].to_pylist():
+            self._lines += line.encode() + b"\n"
