@@ -118,10 +118,7 @@ def _card(
             *_table(
                 "column",
                 "type",
-                (
-                    (f"`{field.name}`{_whence(field.name, record['identity'])}", str(field.type))
-                    for field in schema
-                ),
+                ((f"`{field.name}`{_whence(field.name, identity)}", str(field.type)) for field in schema),
             ),
             "\n## How it was made\n",
             *_table("", "", origin.items()),
