@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jobs.engines import Engines, engines_of, hardware_of
 from jobs.policy import check_pool
@@ -11,6 +12,8 @@ from jobs.spec import JobSpec
 from pipelines.errors import JobError
 from pipelines.run import COMMIT_CPUS, PREPARE_CPUS, EngineResources
 from pipelines.settings import PoolSettings
+
+log = logging.getLogger("dray")
 
 
 def settle(spec: JobSpec) -> tuple[PoolSettings, EngineResources]:
@@ -20,11 +23,21 @@ def settle(spec: JobSpec) -> tuple[PoolSettings, EngineResources]:
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     engines = engines_of(spec, hardware_of(spec, have))
     check_pool(spec, engines.pool)
-    return engines.pool, engine_resources(spec, engines, have)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    resources = engine_resources(spec, engines, have, [float(node.get("CPU", 0)) for node in nodes])
+    if not any(resources.fit(node) for node in nodes):
+        log.warning(
+            "no node of this cluster has %g CPUs and %g GPUs for an engine: the run waits until one joins",
+            resources.num_cpus,
+            resources.num_gpus,
+        )
+    return engines.pool, resources
 
 
-def engine_resources(spec: JobSpec, engines: Engines, have: Mapping[str, float]) -> EngineResources:
-    """What Ray reserves for one engine of a settled pool, on a cluster that has `have`.
+def engine_resources(
+    spec: JobSpec, engines: Engines, have: Mapping[str, float], node_cpus: Sequence[float] = ()
+) -> EngineResources:
+    """What Ray reserves for one engine of a settled pool, on a cluster that has `have`, by default in one node.
 
     Raises JobError when a cluster of our own can never hold the pool: Ray would wait for ever.
     """
@@ -37,8 +50,7 @@ def engine_resources(spec: JobSpec, engines: Engines, have: Mapping[str, float])
         share = math.floor(1e4 * spec.model.gpus_per_engine / pool.engines_per_gpu) / 1e4
         resources = EngineResources(num_gpus=share, num_cpus=0)
     else:
-        share = (have.get("CPU", 1) - 1) / wanted
-        fair = math.floor(share) if share >= 1 else max(share, 0.2)
+        fair = _fair_cpus(node_cpus or [have.get("CPU", 1)], wanted)
         cpus = fair if pool.cpus_per_engine == "auto" else pool.cpus_per_engine
         resources = EngineResources(num_gpus=0, num_cpus=cpus)
     if spec.cluster.address == "local":
@@ -52,3 +64,11 @@ def engine_resources(spec: JobSpec, engines: Engines, have: Mapping[str, float])
                     f"tensor_parallel_size{packing}, or name a larger cluster.address"
                 )
     return resources
+
+
+def _fair_cpus(nodes: Sequence[float], engines: int) -> float:
+    """The most CPUs that each engine can have: an engine is on one node, and a CPU is left for the stages beside them."""
+    for cpus in range(math.floor(max(nodes)), 0, -1):
+        if sum(node // cpus for node in nodes) >= engines and sum(nodes) - engines * cpus >= 1:
+            return cpus
+    return max((sum(nodes) - 1) / engines, 0.2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,10 @@ class EngineResources:
 
     num_gpus: float
     num_cpus: float
+
+    def fit(self, node: Mapping[str, float]) -> bool:
+        """Whether a node with these resources of Ray's can hold one engine."""
+        return node.get("GPU", 0) >= self.num_gpus and node.get("CPU", 0) >= self.num_cpus
 
 
 def stream(

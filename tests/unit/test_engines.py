@@ -93,6 +93,31 @@ def test_as_many_engines_as_share_a_gpu_find_room_on_it(tmp_path: Path, count: i
     assert resources.num_gpus * count <= 1.0 < resources.num_gpus * (count + 1)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "count", "cpus"),
+    [
+        ([4], 1, 3),
+        ([2], 1, 1),
+        ([2], 2, 0.5),
+        ([1], 1, 0.2),
+        ([1, 3], 1, 3),
+        ([1, 3, 3], 1, 3),  # all of the cluster's CPUs but one would be on no node
+        ([1, 3, 3], 2, 3),
+        ([1, 3, 3], 3, 1),
+        ([8, 8], 3, 4),
+        ([0, 16], 2, 7),
+    ],
+)
+def test_an_engine_gets_what_one_node_has(
+    tmp_path: Path, nodes: list[float], count: int, cpus: float
+) -> None:
+    job = spec(
+        tmp_path, QWEN_05B, **{"pool.replicas": count, "pool.device": "cpu", "cluster.address": "auto"}
+    )
+    engines = engines_of(job, hardware_of(job, {"CPU": sum(nodes)}))
+    assert engine_resources(job, engines, {"CPU": sum(nodes)}, nodes).num_cpus == cpus
+
+
 def test_more_engines_than_fit_are_refused_with_the_way_out(tmp_path: Path) -> None:
     job = spec(tmp_path, QWEN_7B, **{"pool.replicas": 2})
     with pytest.raises(JobError, match=r"2 × 1 GPU; this machine has 1: .*engines_per_gpu"):

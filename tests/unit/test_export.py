@@ -182,7 +182,8 @@ def test_the_dagster_definition_compiles(call: Call, overlap: str) -> None:
 @pytest.mark.filterwarnings("default")  # Dagster's own
 @pytest.mark.parametrize("overlap", ["skip", "queue"])
 def test_dagster_loads_and_runs_the_definition(call: Call, overlap: str, tmp_path: Path) -> None:
-    dagster = pytest.importorskip("dagster", reason="needs Dagster: pip install dagster")
+    import dagster
+
     path = tmp_path / "definitions.py"
     path.write_text(EXPORTS["dagster"](job(overlap=overlap), call))
     spec = importlib.util.spec_from_file_location("exported", path)
