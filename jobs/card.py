@@ -50,13 +50,21 @@ Statistics of each shard are in `stats/shards.parquet`, and in the footer of its
 
 
 def dataset_card(
-    storage: Storage, record: Mapping[str, Any], books: Books, report: Report, exported: Exported
+    storage: Storage,
+    record: Mapping[str, Any],
+    books: Books,
+    report: Report,
+    exported: Exported,
+    columns: Sequence[str] | None = None,
 ) -> str:
-    """The card of an exported dataset folder."""
+    """The card of an exported dataset folder. `columns`: those that its files hold; default: as `with_columns` has it."""
     splits = [
         {"split": name, "path": f"data/{name}-*.parquet"} for name, files in exported.files.items() if files
     ]
-    schema = books.parts[0].schema if books.parts else pa.schema([])
+    whole = books.parts[0].schema if books.parts else pa.schema([])
+    # What was left out of the files stands in no example either.
+    names = columns or [name for name in whole.names if name not in ("error_code", "error_message")]
+    schema = pa.schema([whole.field(name) for name in names] if len(whole) else [])
     end = (
         f"Made by `dray export huggingface`; {exported.left_out:,} records without an answer were left out.\n"
     )
@@ -124,14 +132,14 @@ def _card(
             *_table("", "", origin.items()),
             "",
             *_fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100).rstrip(), "yaml"),
-            *_examples(storage, books, raw),
+            *_examples(storage, books, raw, schema.names),
             "",
             end,
         ]
     )
 
 
-def _examples(storage: Storage, books: Books, raw: Mapping[str, Any]) -> list[str]:
+def _examples(storage: Storage, books: Books, raw: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """The first good records, column by column; none where the job hides any column: an answer may quote it."""
     if (raw.get("report") or {}).get("redact"):
         return []
@@ -139,7 +147,7 @@ def _examples(storage: Storage, books: Books, raw: Mapping[str, Any]) -> list[st
         if part.footer.stats.rows_ok and part.rows:
             try:
                 with storage.open_input(f"data/{part.name}") as file, pq.ParquetFile(file) as parquet:
-                    records = parquet.read_row_group(0)
+                    records = parquet.read_row_group(0, columns=[*names, "error_code"])
             except (OSError, pa.ArrowException):
                 continue  # gone or damaged: what `dray verify` tells
             good = records.filter(pc.is_null(records["error_code"])).slice(0, EXAMPLES).to_pylist()
@@ -150,10 +158,11 @@ def _examples(storage: Storage, books: Books, raw: Mapping[str, Any]) -> list[st
                     *_table(
                         "column",
                         "value",
-                        ((f"`{name}`", shown(value)) for name, value in record.items() if value is not None),
+                        ((f"`{name}`", shown(record[name])) for name in names if record[name] is not None),
                     ),
                 ]
-            return lines if good else []
+            if good:
+                return lines
     return []
 
 
@@ -182,14 +191,11 @@ def _without_places(value: Any) -> Any:
 
 def _size(records: int) -> str:
     """Hugging Face's category for a number of records."""
-    bounds = [
-        (10**3, "n<1K"),
-        (10**4, "1K<n<10K"),
-        (10**5, "10K<n<100K"),
-        (10**6, "100K<n<1M"),
-        (10**7, "1M<n<10M"),
-    ]
-    return next((name for bound, name in bounds if records < bound), "n>10M")
+    bounds = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
+    place = sum(records >= 10 ** (3 + power) for power in range(len(bounds)))
+    if place == 0:
+        return f"n<{bounds[0]}"
+    return f"{bounds[place - 1]}<n<{bounds[place]}" if place < len(bounds) else f"n>{bounds[-1]}"
 
 
 def _table(left: str, right: str, lines: Any) -> list[str]:

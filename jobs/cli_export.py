@@ -135,6 +135,7 @@ def huggingface(target: str, to: str, columns: str | None, as_json: bool, **opti
         with_columns(_listed(columns)),
         as_json=as_json,
         card=True,
+        columns=_listed(columns),
         **options,
     )
 
@@ -154,10 +155,14 @@ def jsonl(target: str, to: str, columns: str | None, as_json: bool, **options: A
 def openai(target: str, to: str, as_json: bool, **options: Any) -> None:
     """Write prompts and answers as OpenAI's lines for chat fine-tuning."""
     from jobs.dataset_formats import LineSink, as_chats
+    from jobs.inspect import opened
+    from jobs.loading import load
     from jobs.proposal import own_folders
-    from jobs.target import job_of
+    from jobs.target import output_of
 
-    spec = job_of(target).spec
+    storage = output_of(target)
+    record, _ = opened(storage)  # the job as it was run, not as its file is by now
+    spec = load(record["spec"], [f"output.path={storage.url()}"], record.get("variables") or {}).spec
     chats = as_chats(spec.prompt, spec.output.rename, own_folders())
     _write(target, to, "jsonl", LineSink, chats, as_json=as_json, **options)
 
@@ -175,6 +180,7 @@ def _write(
     partial: bool,
     as_json: bool,
     card: bool = False,
+    columns: list[str] | None = None,
 ) -> None:
     from jobs.books import fold
     from jobs.card import dataset_card
@@ -195,7 +201,9 @@ def _write(
         prepare=prepare,
         splits=Splits.of(split, split_by),
         file_bytes=_bytes(file_size),
-        card=(lambda exported: dataset_card(storage, record, books, report, exported)) if card else None,
+        card=(lambda exported: dataset_card(storage, record, books, report, exported, columns))
+        if card
+        else None,
         partial=partial,
     )
     lines = [

@@ -3,7 +3,7 @@
     parts in plan order ─► good records ─► split ─► files of about `file_bytes` ─► the target folder
 
 Same output, same files to the byte: records stand in the order of the plan, shard by shard. A local target appears as a
-whole; elsewhere the card is written last. One part's row group is in memory, and one file per split.
+whole; elsewhere `_SUCCESS` is written last. One part's row group is in memory, and one file per split.
 """
 
 from __future__ import annotations
@@ -114,14 +114,15 @@ def export_dataset(
         )
     with _published(to) as target:
         writers = {name: _Rolling(target, f"data/{name}", suffix, sink, file_bytes) for name in splits.shares}
-        left_out = 0
+        # Those that stand in parts of their own, with `failed_rows: separate`.
+        left_out = sum(part.footer.stats.rows_failed for part in books.parts if part.footer.errors_object)
         for table in _records(storage, books):
             good = table.filter(pc.is_null(table["error_code"]))
             if splits.by not in good.column_names:
                 raise OutputError(
                     f"--split-by: the output has no column {splits.by!r}; it has {', '.join(good.column_names)}"
                 )
-            numbers = splits.names(good[splits.by].to_pylist())
+            numbers = splits.names(_texts(good[splits.by]))
             for number, writer in enumerate(writers.values()):
                 mine = good.filter(pa.array(numbers == number))
                 ready = prepare(mine)
@@ -170,8 +171,19 @@ class _Rolling:
             self._open = None
 
 
+#: On an object store the last object of a dataset.
+DONE = "_SUCCESS"
 #: Records between two looks at a file's size.
 _STEP = 1024
+
+
+def _texts(column: pa.ChunkedArray) -> list[str | None]:
+    """The values as Arrow writes them: Python's own words for some depend on what else is installed."""
+    try:
+        texts: list[str | None] = pc.cast(column, pa.string()).to_pylist()
+    except pa.ArrowNotImplementedError:
+        raise SpecError(f"--split-by: a column of {column.type} values cannot be split by") from None
+    return texts
 
 
 def _records(storage: Storage, books: Books) -> Iterator[pa.Table]:
@@ -194,7 +206,13 @@ def _published(to: str) -> Iterator[Storage]:
     if any(target.list()):
         raise OutputError(f"{to} already holds {target.list()[0].name}: choose an empty folder")
     if "://" in target.root:
-        yield target
+        try:
+            yield target
+        except BaseException:
+            for info in target.list():
+                target.delete(info.name)
+            raise
+        target.write(DONE, b"")
         return
     made = f"{target.root.rstrip('/')}.{uuid.uuid4().hex[:8]}.partial"
     try:

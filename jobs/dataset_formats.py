@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, time, timedelta
-from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -72,7 +71,7 @@ class JsonSink:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it: times as ISO 8601, decimals as text, bytes in base64, NaN and infinities as null."""
+    """A value as JSON has it: times as ISO 8601, bytes in base64, NaN and infinities as null, decimals and others as text."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -85,7 +84,7 @@ def plain(value: Any) -> Any:
         return value.total_seconds()
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    return str(value) if isinstance(value, Decimal) else value
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def with_columns(columns: list[str] | None) -> Callable[[pa.Table], pa.Table]:
@@ -111,6 +110,10 @@ def as_chats(
     https://platform.openai.com/docs/guides/supervised-fine-tuning: a record whose prompt gives no messages, or whose
     answer is empty, is left out. Raises SpecError where the prompt needs a column that the output does not hold.
     """
+    if prompt.chat is False:
+        raise SpecError(
+            "openai: `prompt.chat: false` asks for completions, of which there are no messages; see jsonl"
+        )
     conversations = Conversations(prompt, folders)
     back = {new: old for old, new in rename.items()}
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -195,6 +196,36 @@ def test_openai_lines_hold_the_prompt_and_the_answer(tmp_path: Path) -> None:
     assert sorted(map(json.dumps, lines)) == sorted(map(json.dumps, expected))
 
 
+def test_failed_rows_that_stand_apart_are_counted(tmp_path: Path) -> None:
+    output = finished(tmp_path, output={"failed_rows": "separate"})
+    done = export("jsonl", str(output.folder), str(tmp_path / "a"))
+    assert (done["left_out"], done["records"]) == (1, {"train": 119})
+
+
+def test_a_remote_target_is_whole_or_empty(tmp_path: Path) -> None:
+    import fsspec
+
+    output = finished(tmp_path)
+    store = fsspec.filesystem("memory")
+    export("jsonl", str(output.folder), "memory://whole/set", "--file-size", "1kB")
+    assert store.exists("/whole/set/_SUCCESS")
+    last = max((output.folder / "data").glob("part-*"))
+    last.write_bytes(last.read_bytes()[:200] + b"\0" * 300 + last.read_bytes()[500:])
+    export("jsonl", str(output.folder), "memory://broken/set", "--file-size", "1kB", fails=True)
+    assert not store.find("/broken")
+
+
+def test_openai_lines_are_of_the_prompt_that_was_run(tmp_path: Path) -> None:
+    finished(tmp_path)
+    changed = job(tmp_path / "in", tmp_path / "out", prompt={"template": "Changed: {{ question }}"})
+    (tmp_path / "job.yaml").write_text(json.dumps(changed))
+    export("openai", str(tmp_path / "job.yaml"), str(tmp_path / "chat"))
+    assert "Changed" not in (tmp_path / "chat/data/train-00000.jsonl").read_text()
+    plain_text = finished(tmp_path / "b", prompt={"template": "{{ question }}", "chat": False})
+    refused = export("openai", str(plain_text.folder), str(tmp_path / "no"), fails=True)
+    assert "asks for completions" in refused["message"]
+
+
 def test_openai_lines_need_the_prompts_columns(tmp_path: Path) -> None:
     output = finished(tmp_path, output={"columns": ["kind"]})
     failed = export("openai", str(output.folder), str(tmp_path / "chat"), fails=True)
@@ -207,6 +238,7 @@ def test_json_has_every_value_of_arrow() -> None:
         "price": Decimal("1.10"),
         "bytes": b"\x00\xff",
         "nan": [float("nan"), 1.5, None],
+        "id": UUID(int=5),
         "map": [{"k": float("inf")}],
     }
     assert plain(value) == {
@@ -214,6 +246,7 @@ def test_json_has_every_value_of_arrow() -> None:
         "price": "1.10",
         "bytes": "AP8=",
         "nan": [None, 1.5, None],
+        "id": "00000000-0000-0000-0000-000000000005",
         "map": [{"k": None}],
     }
 
@@ -245,3 +278,12 @@ def test_the_card_says_what_the_dataset_is(tmp_path: Path) -> None:
 def test_a_job_that_hides_columns_shows_no_examples(tmp_path: Path) -> None:
     output = finished(tmp_path, report={"redact": ["question"]})
     assert "## Examples" not in card(output)
+
+
+def test_the_card_of_some_columns_shows_only_these(tmp_path: Path) -> None:
+    output = finished(tmp_path)
+    export("huggingface", str(output.folder), str(tmp_path / "hf"), "--columns", "generated_text")
+    text = (tmp_path / "hf" / "README.md").read_text()
+    shown = {line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| `")}
+    assert {name.split(" ")[0] for name in shown} == {"`generated_text`"}
+    assert str(tmp_path / "in") not in text
