@@ -36,6 +36,7 @@ from pipelines.contracts import Retry, Shard
 from pipelines.errors import ROW_ERROR_CODES, JobIncomplete, SpecError
 from pipelines.part import Footer, Part, read_part
 from pipelines.settings import PoolSettings
+from pipelines.step_settings import StepSettings
 from pipelines.storage import Storage
 from pipelines.wording import unknown
 
@@ -237,6 +238,7 @@ def _check_settings(job: LoadedJob, record: dict[str, Any], identity: dict[str, 
     had, has = ("sampling.logprobs" in of for of in (before, identity))
     if had != has:
         frozen["sampling.logprobs"] = (before.get("sampling.logprobs"), identity.get("sampling.logprobs"))
+    frozen["columns of steps"] = (_step_columns(before), _step_columns(identity))
     # What a plan was made from is not in the identity.
     for section, key, default in (("input", "path", None), ("shards", "rows", "auto")):
         values = [(tree.get(section) or {}).get(key, default) for tree in (record["spec"], job.raw)]
@@ -249,3 +251,8 @@ def _check_settings(job: LoadedJob, record: dict[str, Any], identity: dict[str, 
             f"{'; '.join(changed)}: a retry may change prompt, model, sampling, pool and errors, not what is read or how "
             "it is written; run a job with a new output.path for that"
         )
+
+
+def _step_columns(identity: dict[str, Any]) -> list[str]:
+    steps = (StepSettings.model_validate(step) for step in identity.get("steps", ()))
+    return [f"{column.name} {column.type}" for step in steps for column in step.adds]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import load
+from jobs import load, retry_failed
 from jobs.fingerprint import fingerprint
 from jobs.inspect import verify
 from jobs.proposal import checked_identity, propose
@@ -241,6 +241,17 @@ def test_rows_that_steps_have_failed_are_retried(tmp_path: Path, checks: str) ->
     assert rows_of(output.folder).select(names) == rows_of(other.folder).select(names)
     verdict = verify(output.storage, deep=True)
     assert (verdict["problems"], verdict["rows_in"], verdict["rows_failed"]) == ([], 30, 0)
+
+
+def test_a_retry_may_change_a_step_but_not_its_columns(tmp_path: Path, checks: str) -> None:
+    output = committed(settings(tmp_path, checks))
+    with pytest.raises(SpecError, match="columns of steps"):
+        retry_failed(
+            load({**output.settings, "steps": [judged(checks), {"parse": {"regex": "(?P<first>.)"}}]})
+        )
+    with pytest.raises(SpecError, match="columns of steps"):
+        retry_failed(load({**output.settings, "steps": []}))
+    retry_failed(load({**output.settings, "steps": [judged(checks)]}))  # no failed row: nothing to do
 
 
 # ── Before any engine starts ─────────────────────────────────────────────────────────────────────────────────────
