@@ -242,14 +242,17 @@ def _rules(rules: Iterable[Any]) -> list[Any]:
 def _shown(value: Any, key: Key, tree: Tree) -> str:
     raw = _at(tree.values, key)
     if references_in(raw, "env"):
-        return f"the value of {raw}"  # which may be a secret
+        return f"the value of {_cut(str(raw))}"  # which may be a secret
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
         return "a mapping"
-    text = repr(value)
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 

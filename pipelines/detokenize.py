@@ -88,7 +88,7 @@ class Detokenizer:
 
     def _tails(self, prompts: list[list[int]], outputs: list[list[int]]) -> tuple[list[str], list[str]]:
         """The text of each prompt's tail, and that of tail and answer."""
-        tails = [prompt[-_TAIL:] for prompt in prompts]
+        tails = [self._tail(prompt) for prompt in prompts]
         before = self._decode(tails)
         for row, text in enumerate(before):
             if not text and len(prompts[row]) > _TAIL:  # only special tokens, which are skipped
@@ -97,6 +97,13 @@ class Detokenizer:
         if not self._needs_prompt:
             return [""] * len(outputs), self._guard(before, self._decode(outputs))
         return before, self._decode([[*tail, *ids] for tail, ids in zip(tails, outputs, strict=True)])
+
+    def _tail(self, prompt: list[int]) -> list[int]:
+        """The last ids of a prompt, begun where no run of byte-fallback tokens is cut: it is decoded as one."""
+        start = max(0, len(prompt) - _TAIL)
+        while start and (prompt[start] in self._byte_ids or not self._visible(prompt[start])):
+            start -= 1
+        return prompt[start:]
 
     def _guard(self, before: list[str], after: list[str]) -> list[str]:
         """Marks the rows whose prompt ends inside a character, so that they are done step by step."""

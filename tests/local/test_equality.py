@@ -16,7 +16,7 @@ from tests.local.bare_vllm import bare_vllm
 from tests.local.runs import REAL, TINY, held_out, job, rows_of
 from tests.tiny_models import sentencepiece_style, with_weights
 
-pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(400)]
 
 ENGINE: dict[str, Any] = {
     "dtype": "float32",

@@ -17,7 +17,7 @@ from pipelines.errors import LimitReached
 from pipelines.storage import Storage
 from tests.local.runs import REAL, dray, job, rows_of, write_questions
 
-pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(240)]
 
 #: 20 shards of 20 rows, some 300 tokens and a second each.
 SLOW = {

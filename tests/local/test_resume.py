@@ -15,7 +15,7 @@ import pytest
 
 from tests.local.runs import DRAY, ROOT, content, dray, job, write_questions
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 
 def family(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
