@@ -167,7 +167,7 @@ def test_a_node_is_removed_under_a_run(cluster: str, tmp_path: Path) -> None:
     nodes = NODES["process"]
     print(f"remove {engine.ppid()}", file=nodes.stdin, flush=True)  # a worker's parent is its node's raylet
     assert nodes.stdout.readline() == "done\n"
-    assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
+    assert not engine.is_running()
     before = parts(tmp_path)
     assert before < 15
 
