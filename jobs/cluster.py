@@ -67,8 +67,9 @@ def engine_resources(
 
 
 def _fair_cpus(nodes: Sequence[float], engines: int) -> float:
-    """The most CPUs that each engine can have: an engine is on one node, and a CPU is left for the stages beside them."""
+    """The most CPUs that each engine can have: an engine is on one node, where the stages beside it may be as well."""
+    room = [max(0.0, node - PREPARE_CPUS - COMMIT_CPUS) for node in nodes]
     for cpus in range(math.floor(max(nodes)), 0, -1):
-        if sum(node // cpus for node in nodes) >= engines and sum(nodes) - engines * cpus >= 1:
+        if sum(free // cpus for free in room) >= engines and sum(nodes) - engines * cpus >= 1:
             return cpus
     return max((sum(nodes) - 1) / engines, 0.2)
