@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.books import Books, Fault, each
+from jobs.fingerprint import steps_of
 from jobs.planning import Plan
 from pipelines.contracts import Shard, Span, result_schema
 from pipelines.counting import COUNTED, SPENT, TALLIED, tally
@@ -24,7 +25,6 @@ from pipelines.errors import OutputError, PartDamaged
 from pipelines.part import Footer, Part, body_digest, part_of, raise_if_damaged
 from pipelines.place import places
 from pipelines.settings import OutputSettings, SamplingSettings
-from pipelines.step_settings import StepSettings
 from pipelines.steps import with_steps
 from pipelines.storage import Storage
 from pipelines.wording import first_line
@@ -84,7 +84,7 @@ def _expected_schema(plan: Plan, identity: dict[str, Any]) -> pa.Schema | None:
         OutputSettings(path="-", columns=columns, rename=rename),
         SamplingSettings(logprobs=logprobs),
     )
-    schema = with_steps(answers, [StepSettings.model_validate(step) for step in identity.get("steps", ())])
+    schema = with_steps(answers, steps_of(identity))
     sink = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), sink)  # Parquet gives some types back as others
     return pq.read_schema(pa.BufferReader(sink.getvalue())).remove_metadata()

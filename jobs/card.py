@@ -16,19 +16,20 @@ import pyarrow.parquet as pq
 import yaml
 
 from jobs.books import Books
+from jobs.fingerprint import steps_of
 from jobs.pinning import PIN, described
-from jobs.report import Report, percentiles, seconds, step_counts
+from jobs.report import Report, figures
 from jobs.report_rows import shown
 from pipelines import __version__
 from pipelines.contracts import LOGPROBS_FIELD, RESULT_FIELDS
-from pipelines.step_settings import StepSettings
 from pipelines.storage import Storage
 
 if TYPE_CHECKING:
     from jobs.dataset import Exported
 
-#: Records shown in full width.
+#: Records shown, and how many at the beginning of each part are looked at for them.
 EXAMPLES = 3
+_LOOKED_AT = 256
 _OWN = frozenset(field.name for field in (*RESULT_FIELDS, LOGPROBS_FIELD))
 #: Sections of the job file that make a dataset what it is.
 _RECIPE = ("prompt", "model", "sampling", "steps")
@@ -54,10 +55,10 @@ def dataset_card(
     record: Mapping[str, Any],
     books: Books,
     report: Report,
+    columns: Sequence[str] | None,
     exported: Exported,
-    columns: Sequence[str] | None = None,
 ) -> str:
-    """The card of an exported dataset folder. `columns`: those that its files hold; default: as `with_columns` has it."""
+    """The card of an exported dataset folder. `columns`: as for `with_columns`."""
     splits = [
         {"split": name, "path": f"data/{name}-*.parquet"} for name, files in exported.files.items() if files
     ]
@@ -82,32 +83,22 @@ def _card(
     splits: Mapping[str, int],
     end: str,
 ) -> str:
-    stats, latency = report.stats, percentiles(report.stats, "latency_s")
-    raw, identity = record["spec"], record["identity"]
+    raw, added = record["spec"], {name for step in steps_of(record["identity"]) for name in step.adds.names}
     front = {
         "configs": configs,
-        "size_categories": [_size(sum(splits.values()) or stats.samples)],
+        "size_categories": [_size(sum(splits.values()) or report.stats.samples)],
         "tags": ["synthetic", "dray"],
     }
     facts = {
         "state": report.state,
-        "rows": f"{stats.rows_ok:,} ok, {stats.rows_failed:,} failed"
-        + (f", {stats.rows_dropped:,} dropped" if stats.rows_dropped else ""),
-        "samples": f"{stats.samples:,}",
-        **{f"split `{name}`": f"{records:,} records" for name, records in splits.items()},
-        **{f"step {name}": step_counts(counts) for name, counts in stats.steps.items()},
-        "prompt / completion tokens": f"{stats.prompt_tokens:,} / {stats.completion_tokens:,}",
-        "finish": ", ".join(f"{k} {v:,}" for k, v in stats.finish_reasons.items()) or "–",
-        "errors": ", ".join(f"{k} {v:,}" for k, v in stats.error_codes.items()) or "none",
-        "latency p50 / p95": f"{seconds(latency['p50'])} / {seconds(latency['p95'])}",
-        "shards": f"{report.shards_committed:,} of {report.shards_planned:,}",
+        **{f"split `{name}`": f"{count:,} records" for name, count in splits.items()},
+        **figures(report),
     }
     model = raw.get("model") or {}
     origin = {
         "model": str(model.get("source", "–")),
         "pinned": described(record.get(PIN)) or "the folder as it was",
         "licence of the model": _licence(model.get("source")),
-        "engine": ", ".join(report.engines) or "–",
         "runs": ", ".join(run.run_id for run in report.runs[-8:]),
         "Dray": __version__,
         "spec": report.fingerprint,
@@ -126,7 +117,7 @@ def _card(
             *_table(
                 "column",
                 "type",
-                ((f"`{field.name}`{_whence(field.name, identity)}", str(field.type)) for field in schema),
+                ((f"`{field.name}`{_whence(field.name, added)}", str(field.type)) for field in schema),
             ),
             "\n## How it was made\n",
             *_table("", "", origin.items()),
@@ -144,33 +135,26 @@ def _examples(storage: Storage, books: Books, raw: Mapping[str, Any], names: Seq
     if (raw.get("report") or {}).get("redact"):
         return []
     for part in books.parts:
-        if part.footer.stats.rows_ok and part.rows:
-            try:
-                with storage.open_input(f"data/{part.name}") as file, pq.ParquetFile(file) as parquet:
-                    records = parquet.read_row_group(0, columns=[*names, "error_code"])
-            except (OSError, pa.ArrowException):
-                continue  # gone or damaged: what `dray verify` tells
-            good = records.filter(pc.is_null(records["error_code"])).slice(0, EXAMPLES).to_pylist()
-            lines = ["\n## Examples"]
-            for record in good:
-                lines += [
-                    "",
-                    *_table(
-                        "column",
-                        "value",
-                        ((f"`{name}`", shown(record[name])) for name in names if record[name] is not None),
-                    ),
-                ]
-            if good:
-                return lines
+        try:
+            with storage.open_input(f"data/{part.name}") as file, pq.ParquetFile(file) as parquet:
+                first = next(parquet.iter_batches(_LOOKED_AT, columns=list({*names, "error_code"})), None)
+        except (OSError, pa.ArrowException):
+            continue  # gone or damaged: what `dray verify` tells
+        if first is None:
+            continue
+        good = pa.table(first).filter(pc.is_null(pa.table(first)["error_code"]))
+        found = good.select(list(names)).slice(0, EXAMPLES).to_pylist()
+        if found:
+            cells = ([(f"`{k}`", shown(v)) for k, v in record.items() if v is not None] for record in found)
+            return [
+                "\n## Examples",
+                *(line for pairs in cells for line in ("", *_table("column", "value", pairs))),
+            ]
     return []
 
 
-def _whence(name: str, identity: Mapping[str, Any]) -> str:
-    if name in _OWN:
-        return " (Dray)"
-    steps = (StepSettings.model_validate(step) for step in identity.get("steps", ()))
-    return " (a step)" if any(name in step.adds.names for step in steps) else ""
+def _whence(name: str, added: set[str]) -> str:
+    return " (Dray)" if name in _OWN else " (a step)" if name in added else ""
 
 
 def _licence(source: Any) -> str:

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial as partial_
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.markup import escape
@@ -19,7 +20,12 @@ from jobs.cli_submit import address_option
 from jobs.command import command, job_arguments, main, show
 from pipelines import __version__
 from pipelines.errors import SpecError
-from pipelines.storage import locate
+from pipelines.storage import Storage, locate
+
+if TYPE_CHECKING:
+    from jobs.books import Books
+    from jobs.dataset import Exported
+    from jobs.report import Report
 
 
 @main.group("export")
@@ -123,19 +129,23 @@ _columns = click.option("--columns", metavar="A,B", help="Only these columns, in
 @command("huggingface", export)
 @_dataset_options
 @_columns
-def huggingface(target: str, to: str, columns: str | None, as_json: bool, **options: Any) -> None:
+def huggingface(columns: str | None, **options: Any) -> None:
     """Write the good records as a dataset folder (Parquet and a card) that `datasets.load_dataset` reads."""
+    from jobs.card import dataset_card
     from jobs.dataset_formats import ParquetSink, with_columns
 
+    names = _listed(columns)
+
+    def card(
+        storage: Storage, record: dict[str, Any], books: Books, report: Report
+    ) -> Callable[[Exported], str]:
+        return partial_(dataset_card, storage, record, books, report, names)
+
     _write(
-        target,
-        to,
         "parquet",
         ParquetSink,
-        with_columns(_listed(columns)),
-        as_json=as_json,
-        card=True,
-        columns=_listed(columns),
+        lambda record: with_columns(names),
+        card=card,
         **options,
     )
 
@@ -143,78 +153,71 @@ def huggingface(target: str, to: str, columns: str | None, as_json: bool, **opti
 @command("jsonl", export)
 @_dataset_options
 @_columns
-def jsonl(target: str, to: str, columns: str | None, as_json: bool, **options: Any) -> None:
+def jsonl(columns: str | None, **options: Any) -> None:
     """Write the good records as JSON lines."""
     from jobs.dataset_formats import JsonSink, with_columns
 
-    _write(target, to, "jsonl", JsonSink, with_columns(_listed(columns)), as_json=as_json, **options)
+    _write("jsonl", JsonSink, lambda record: with_columns(_listed(columns)), **options)
 
 
 @command("openai", export)
 @_dataset_options
-def openai(target: str, to: str, as_json: bool, **options: Any) -> None:
+def openai(**options: Any) -> None:
     """Write prompts and answers as OpenAI's lines for chat fine-tuning."""
     from jobs.dataset_formats import LineSink, as_chats
-    from jobs.inspect import opened
     from jobs.loading import load
     from jobs.proposal import own_folders
-    from jobs.target import output_of
+    from jobs.spec import prompt_columns
 
-    storage = output_of(target)
-    record, _ = opened(storage)  # the job as it was run, not as its file is by now
-    spec = load(record["spec"], [f"output.path={storage.url()}"], record.get("variables") or {}).spec
-    chats = as_chats(spec.prompt, spec.output.rename, own_folders())
-    _write(target, to, "jsonl", LineSink, chats, as_json=as_json, **options)
+    def chats(record: dict[str, Any]) -> Any:
+        # The job as it was run, not as its file is by now.
+        spec = load(record["spec"], [], record.get("variables") or {}).spec
+        return as_chats(spec.prompt, prompt_columns(spec), spec.output.rename, own_folders())
+
+    _write("jsonl", LineSink, chats, **options)
 
 
 def _write(
-    target: str,
-    to: str,
     suffix: str,
     sink: Any,
-    prepare: Any,
+    prepare: Callable[[dict[str, Any]], Any],
     *,
+    target: str,
+    to: str,
     split: tuple[str, ...],
     split_by: str | None,
     file_size: str,
     partial: bool,
     as_json: bool,
-    card: bool = False,
-    columns: list[str] | None = None,
+    card: Callable[[Storage, dict[str, Any], Books, Report], Callable[[Exported], str]] | None = None,
 ) -> None:
+    """`prepare`: from the output's stored record, as for `export_dataset`; `card`: from what `dataset_card` takes of an output."""
     from jobs.books import fold
-    from jobs.card import dataset_card
     from jobs.dataset import Splits, export_dataset
     from jobs.inspect import opened, stored_report
     from jobs.target import output_of
 
+    splits, file_bytes = Splits.of(split, split_by), _bytes(file_size)
     storage = output_of(target)
     record, plan = opened(storage)
     books = fold(storage, plan)
-    report = stored_report(storage, record, books)
     done = export_dataset(
         storage,
         books,
         to,
         suffix=suffix,
         sink=sink,
-        prepare=prepare,
-        splits=Splits.of(split, split_by),
-        file_bytes=_bytes(file_size),
-        card=(lambda exported: dataset_card(storage, record, books, report, exported, columns))
-        if card
-        else None,
+        prepare=prepare(record),
+        splits=splits,
+        file_bytes=file_bytes,
+        card=card and card(storage, record, books, stored_report(storage, record, books)),
         partial=partial,
     )
     lines = [
         f"{name}: {done.records[name]:,} records in {len(files)} files" for name, files in done.files.items()
     ]
-    left = (
-        f"{done.left_out:,} records left out (failed, or without an answer)"
-        if done.left_out
-        else "nothing left out"
-    )
-    show(asdict(done), escape("\n".join([f"{to}:", *lines, left])), as_json=as_json)
+    lines.append(f"{done.left_out:,} records left out (failed, or without an answer)")
+    show(asdict(done), escape("\n".join([f"{to}:", *lines])), as_json=as_json)
 
 
 def _listed(columns: str | None) -> list[str] | None:

@@ -68,7 +68,7 @@ class Splits:
             )
         return cls(shares=shares, by=by or "row_id")
 
-    def names(self, values: Iterable[Any]) -> np.ndarray[Any, Any]:
+    def numbers(self, values: Iterable[str | None]) -> np.ndarray[Any, Any]:
         """The number of each value's split, in the order of `shares`."""
         digests = [hashlib.blake2b(repr(value).encode(), digest_size=8).digest() for value in values]
         places = np.frombuffer(b"".join(digests), ">u8").astype(np.float64) / 2.0**64
@@ -112,17 +112,16 @@ def export_dataset(
         raise OutputError(
             f"{storage.url()} is not finished: `dray resume` it, or export what is there with --partial"
         )
+    columns = books.parts[0].schema.names if books.parts else [splits.by]
+    if splits.by not in columns:
+        raise OutputError(f"--split-by: the output has no column {splits.by!r}; it has {', '.join(columns)}")
     with _published(to) as target:
         writers = {name: _Rolling(target, f"data/{name}", suffix, sink, file_bytes) for name in splits.shares}
         # Those that stand in parts of their own, with `failed_rows: separate`.
         left_out = sum(part.footer.stats.rows_failed for part in books.parts if part.footer.errors_object)
         for table in _records(storage, books):
             good = table.filter(pc.is_null(table["error_code"]))
-            if splits.by not in good.column_names:
-                raise OutputError(
-                    f"--split-by: the output has no column {splits.by!r}; it has {', '.join(good.column_names)}"
-                )
-            numbers = splits.names(_texts(good[splits.by]))
+            numbers = splits.numbers(_texts(good[splits.by]))
             for number, writer in enumerate(writers.values()):
                 mine = good.filter(pa.array(numbers == number))
                 ready = prepare(mine)
@@ -203,8 +202,8 @@ def _records(storage: Storage, books: Books) -> Iterator[pa.Table]:
 def _published(to: str) -> Iterator[Storage]:
     """The target to write to. A local one is a folder beside it, which takes its name at the end."""
     target = Storage(to)
-    if any(target.list()):
-        raise OutputError(f"{to} already holds {target.list()[0].name}: choose an empty folder")
+    if there := target.list():
+        raise OutputError(f"{to} already holds {there[0].name}: choose an empty folder")
     if "://" in target.root:
         try:
             yield target
@@ -216,6 +215,7 @@ def _published(to: str) -> Iterator[Storage]:
         return
     made = f"{target.root.rstrip('/')}.{uuid.uuid4().hex[:8]}.partial"
     try:
+        os.makedirs(made)  # also of no records
         yield Storage(made)
         if os.path.isdir(target.root):
             os.rmdir(target.root)

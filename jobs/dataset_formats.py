@@ -103,12 +103,13 @@ def with_columns(columns: list[str] | None) -> Callable[[pa.Table], pa.Table]:
 
 
 def as_chats(
-    prompt: PromptSettings, rename: Mapping[str, str], folders: tuple[str, ...]
+    prompt: PromptSettings, needs: frozenset[str], rename: Mapping[str, str], folders: tuple[str, ...]
 ) -> Callable[[pa.Table], pa.Table]:
     """Records as OpenAI's fine-tuning lines: `messages`, the last of them the answer.
 
     https://platform.openai.com/docs/guides/supervised-fine-tuning: a record whose prompt gives no messages, or whose
-    answer is empty, is left out. Raises SpecError where the prompt needs a column that the output does not hold.
+    answer is empty, is left out. `needs`: the columns without which there is no prompt. Raises SpecError where the
+    output does not hold one of them.
     """
     if prompt.chat is False:
         raise SpecError(
@@ -118,12 +119,12 @@ def as_chats(
     back = {new: old for old, new in rename.items()}
 
     def prepare(records: pa.Table) -> pa.Table:
-        rows = records.rename_columns([back.get(name, name) for name in records.column_names])
-        if missing := sorted(conversations.needs - set(rows.column_names)):
+        asked = records.rename_columns([back.get(name, name) for name in records.column_names])
+        if missing := sorted(needs - set(asked.column_names)):
             raise SpecError(
                 f"openai: the prompt needs the column {missing[0]!r}, which the output does not hold"
             )
-        found = conversations(rows.drop_columns(["error_code", "error_message"]))
+        found = conversations(asked.drop_columns(["error_code", "error_message"]))
         lines = [
             {"messages": [*messages, {"role": "assistant", "content": text}]}
             for messages, text in zip(found, records["generated_text"].to_pylist(), strict=True)

@@ -22,6 +22,7 @@ from pipelines.code import digest_of_package
 from pipelines.contracts import FORMAT_VERSION
 from pipelines.engine_args import RESULT_NEUTRAL_ARGS
 from pipelines.errors import ModelError
+from pipelines.step_settings import StepSettings
 
 #: Of these sections, the keys that change what is written; None: all of them.
 _COUNTED: dict[str, frozenset[str] | None] = {
@@ -79,6 +80,11 @@ def identity(job: LoadedJob, folders: Sequence[str] = ()) -> dict[str, Any]:
     for key, function in job.spec.functions.items():
         found[f"{key} code"] = digest_of_package(function.partition(":")[0], folders)
     return dict(sorted(found.items()))
+
+
+def steps_of(identity: Mapping[str, Any]) -> tuple[StepSettings, ...]:
+    """The steps in an `identity`."""
+    return tuple(StepSettings.model_validate(step) for step in identity.get("steps", ()))
 
 
 def fingerprint(of: Mapping[str, Any]) -> str:

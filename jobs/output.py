@@ -102,6 +102,7 @@ def write_stats(storage: Storage, books: Books) -> None:
                 **{f"ttft_{k}_s": v for k, v in percentiles(footer.stats, "ttft_s").items()},
                 "error_codes": json.dumps(footer.stats.error_codes),
                 "finish_reasons": json.dumps(footer.stats.finish_reasons),
+                "steps": json.dumps(footer.stats.steps),
                 "output_bytes": books.sizes[part.name],
                 "fingerprint": footer.fingerprint,
                 "retries": len(footer.retries),

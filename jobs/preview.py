@@ -32,8 +32,8 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
     """The first `rows` rows that pass the filter, through the job's own stages but without Ray.
 
     Each has `row_id`, `prompt` (the tokens as text, special tokens shown), `prompt_tokens`, `error_code` and
-    `error_message`; with `generate` also `answers`, a list of `generated_text`, `finish_reason` and the steps' columns per
-    sample that the steps have left.
+    `error_message`; with `generate` also `answers`, a list of `generated_text`, `finish_reason` and `steps` (the columns
+    that these add) per sample that the steps have left.
     """
     files = list_files(job.spec.input, needed_columns(job.spec))
     work = work_of(job, input_schema(job.spec, files), fingerprint="", run_id="preview")
@@ -56,11 +56,12 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
         answered = asyncio.run(_answer(parcel, work))
         result = build_result(answered, work, Detokenizer(tokenizer, work.sampling))
         result, _ = Steps(work.steps, work.user_modules).run(result)
-        shown = ["generated_text", "finish_reason", "error_code", "error_message"]
-        shown += [name for step in work.steps for name in step.adds.names]
+        shown = ("generated_text", "finish_reason", "error_code", "error_message")
+        added = [name for step in work.steps for name in step.adds.names]
         answers: dict[str, list[dict[str, Any]]] = {row["row_id"]: [] for row in seen}
         for sample in result.to_pylist():
-            answers[sample["row_id"]].append({name: sample[name] for name in shown})
+            answer = {name: sample[name] for name in shown}
+            answers[sample["row_id"]].append({**answer, "steps": {name: sample[name] for name in added}})
         for row in seen:
             row["answers"] = answers[row["row_id"]]
     return seen
@@ -110,6 +111,6 @@ def render(seen: list[dict[str, Any]]) -> RenderableType:
                 )
             if answer["error_code"] and not row["error_code"]:
                 lines.append(f"    [red]{answer['error_code']}[/]: {escape(answer['error_message'])}")
-            lines += [f"    {name}: {escape(repr(answer[name]))}" for name in list(answer)[4:]]
+            lines += [f"    {name}: {escape(repr(value))}" for name, value in answer["steps"].items()]
         lines.append("")
     return Group(*lines)

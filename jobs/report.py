@@ -106,41 +106,45 @@ def make_report(
 
 def render(report: Report) -> RenderableType:
     """The summary table of the terminal."""
-    stats = report.stats
-    latency = percentiles(stats, "latency_s")
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
-
-    def line(name: str, value: str) -> None:
-        table.add_row(name, value)
-
-    line("job", f"{report.job} · {report.state}" + (" · SIMULATED ENGINE" if report.simulated else ""))
-    line("output", report.output)
-    line("shards", f"{report.shards_committed:,} of {report.shards_planned:,}")
-    filtered = f" ({stats.rows_filtered:,} filtered)" if stats.rows_filtered else ""
-    dropped = f", {stats.rows_dropped:,} dropped" if stats.rows_dropped else ""
-    line(
-        "rows", f"{stats.rows_ok:,} ok, {stats.rows_failed:,} failed{dropped} of {stats.rows_in:,}{filtered}"
+    table.add_row(
+        "job", f"{report.job} · {report.state}" + (" · SIMULATED ENGINE" if report.simulated else "")
     )
-    if stats.samples != stats.rows_ok:
-        line("samples", f"{stats.samples:,}")
-    for name, counts in stats.steps.items():
-        line(f"step {name}", step_counts(counts))
-    line("tokens in / out", f"{stats.prompt_tokens:,} / {stats.completion_tokens:,}")
-    if report.output_tokens_per_s is not None:
-        rows_per_s = stats.rows_in / report.generating_s
-        line("speed", f"{report.output_tokens_per_s:,.0f} output tokens/s, {rows_per_s:,.1f} rows/s")
-    line("time", f"{report.generating_s:,.1f} s generating, engine start {start_seconds(report)}")
-    line("latency p50 / p95", f"{seconds(latency['p50'])} / {seconds(latency['p95'])}")
-    if stats.cached_tokens:
-        line("prefix cache", f"{stats.cached_tokens / stats.prompt_tokens:.1%} of prompt tokens")
-    line("finish", ", ".join(f"{k} {v:,}" for k, v in stats.finish_reasons.items()) or "–")
-    line("errors", ", ".join(f"{k} {v:,}" for k, v in stats.error_codes.items()) or "none")
-    line("engine", ", ".join(report.engines) or "–")
-    line("size", f"{report.output_bytes / 1e6:,.1f} MB")
+    table.add_row("output", report.output)
+    for name, value in figures(report).items():
+        table.add_row(name, value)
     problems = [f"problem: {problem}" for problem in report.problems]
     return Group(table, *problems)
+
+
+def figures(report: Report) -> dict[str, str]:
+    """What a report says in words, by name: of the terminal's summary, and of the dataset card."""
+    stats = report.stats
+    latency = percentiles(stats, "latency_s")
+    filtered = f" ({stats.rows_filtered:,} filtered)" if stats.rows_filtered else ""
+    dropped = f", {stats.rows_dropped:,} dropped" if stats.rows_dropped else ""
+    found = {
+        "shards": f"{report.shards_committed:,} of {report.shards_planned:,}",
+        "rows": f"{stats.rows_ok:,} ok, {stats.rows_failed:,} failed{dropped} of {stats.rows_in:,}{filtered}",
+    }
+    if stats.samples != stats.rows_ok:
+        found["samples"] = f"{stats.samples:,}"
+    found |= {f"step {name}": step_counts(counts) for name, counts in stats.steps.items()}
+    found["tokens in / out"] = f"{stats.prompt_tokens:,} / {stats.completion_tokens:,}"
+    if report.output_tokens_per_s is not None:
+        rows_per_s = stats.rows_in / report.generating_s
+        found["speed"] = f"{report.output_tokens_per_s:,.0f} output tokens/s, {rows_per_s:,.1f} rows/s"
+    found["time"] = f"{report.generating_s:,.1f} s generating, engine start {start_seconds(report)}"
+    found["latency p50 / p95"] = f"{seconds(latency['p50'])} / {seconds(latency['p95'])}"
+    if stats.cached_tokens:
+        found["prefix cache"] = f"{stats.cached_tokens / stats.prompt_tokens:.1%} of prompt tokens"
+    found["finish"] = ", ".join(f"{k} {v:,}" for k, v in stats.finish_reasons.items()) or "–"
+    found["errors"] = ", ".join(f"{k} {v:,}" for k, v in stats.error_codes.items()) or "none"
+    found["engine"] = ", ".join(report.engines) or "–"
+    found["size"] = f"{report.output_bytes / 1e6:,.1f} MB"
+    return found
 
 
 def step_counts(counts: dict[str, int]) -> str:

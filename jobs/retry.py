@@ -18,7 +18,7 @@ from jobs.books import (
     each,
     fold,
 )
-from jobs.fingerprint import explain_difference, fingerprint
+from jobs.fingerprint import explain_difference, fingerprint, steps_of
 from jobs.inspect import opened
 from jobs.ledger import Ledger, new_run_id
 from jobs.loading import LoadedJob
@@ -36,7 +36,6 @@ from pipelines.contracts import Retry, Shard
 from pipelines.errors import ROW_ERROR_CODES, JobIncomplete, SpecError
 from pipelines.part import Footer, Part, read_part
 from pipelines.settings import PoolSettings
-from pipelines.step_settings import StepSettings
 from pipelines.storage import Storage
 from pipelines.wording import unknown
 
@@ -254,5 +253,4 @@ def _check_settings(job: LoadedJob, record: dict[str, Any], identity: dict[str, 
 
 
 def _step_columns(identity: dict[str, Any]) -> list[str]:
-    steps = (StepSettings.model_validate(step) for step in identity.get("steps", ()))
-    return [f"{column.name} {column.type}" for step in steps for column in step.adds]
+    return [f"{column.name} {column.type}" for step in steps_of(identity) for column in step.adds]

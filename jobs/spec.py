@@ -32,8 +32,8 @@ from pipelines.settings import (
     Settings,
     ShardSettings,
 )
+from pipelines.step_checks import check_steps
 from pipelines.step_settings import StepSettings, step_names
-from pipelines.steps import check_steps
 from pipelines.template import GLOBALS, Template
 
 _ADDRESS = re.compile(r"local|auto|(ray://)?[\w.-]+:\d{1,5}|(ray://)?\[[0-9a-fA-F:.]+\]:\d{1,5}")
@@ -141,6 +141,11 @@ class JobSpec(Settings):
         """The columns that Dray adds to the input's."""
         extra = [LOGPROBS_FIELD] if self.sampling.logprobs is not None else []
         return tuple(field.name for field in (*RESULT_FIELDS, *extra))
+
+
+def prompt_columns(spec: JobSpec) -> frozenset[str]:
+    """Columns without which there is no prompt; a prompt function says nothing of its own."""
+    return frozenset(name for key, name in _prompt_columns(spec) if key.startswith("prompt."))
 
 
 def needed_columns(spec: JobSpec) -> frozenset[str]:
@@ -257,6 +262,12 @@ def _source_problems(spec: JobSpec) -> list[str]:
             compile_filter(spec.input.filter)
         except SpecError as error:
             problems.append(str(error))
+    for step, name in zip(spec.steps, step_names(spec.steps), strict=True):
+        if step.filter is not None:
+            try:
+                compile_filter(step.filter.where, f"steps.{name}.where")
+            except SpecError as error:
+                problems.append(str(error))
     gpus, packed = spec.model.gpus_per_engine, spec.pool.engines_per_gpu
     if packed not in ("auto", 1) and gpus > 1:
         problems.append(

@@ -51,7 +51,8 @@ def count(parcel: Parcel, answers: pa.Table, rows: pa.Table, steps: dict[str, di
     """The statistics of a parcel: of the `rows` that will be written and of the `answers` that they were made of by the
     `steps`, which are given by their counts; not from what stages claimed."""
     notes = parcel.notes
-    answered, written = tally(answers), tally(rows)
+    answered = tally(answers)
+    written = answered if rows is answers else tally(rows)
     return replace(
         written,
         **{name: getattr(answered, name) for name in SPENT},

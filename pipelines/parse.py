@@ -28,7 +28,7 @@ def parser(step: ParseStep) -> Parse:
 
 def _as_json(columns: Mapping[str, str]) -> Parse:
     decoder = json.JSONDecoder()
-    times = {name for name, kind in columns.items() if kind.startswith(("date", "timestamp"))}
+    types = {name: arrow_type(kind) for name, kind in columns.items()}
 
     def read(text: str) -> Mapping[str, Any] | RowError:
         found = _first_object(decoder, text)
@@ -38,14 +38,16 @@ def _as_json(columns: Mapping[str, str]) -> Parse:
             return RowError(
                 "parse_error", f"the JSON object has no {', '.join(missing)}; it has {', '.join(found)}"
             )
-        return {
-            name: _from_text(found[name], columns[name])
-            if name in times and isinstance(found[name], str)
-            else found[name]
-            for name in columns
-        }
+        return {name: _with_times(found[name], type_) for name, type_ in types.items()}
 
     return read
+
+
+def _with_times(value: Any, type_: pa.DataType) -> Any:
+    """A JSON value, dates and times read from the texts that they are in JSON."""
+    if pa.types.is_list(type_) and isinstance(value, list):
+        return [_with_times(item, type_.value_type) for item in value]
+    return _from_text(value, type_) if pa.types.is_temporal(type_) and isinstance(value, str) else value
 
 
 def _first_object(decoder: json.JSONDecoder, text: str) -> dict[str, Any] | None:
@@ -68,7 +70,7 @@ def _by_regex(regex: str, columns: Mapping[str, str]) -> Parse:
         match = pattern.search(text)
         if match is None:
             return RowError("parse_error", f"{regex!r:.80} is not in {text!r:.200}")
-        return {name: _from_text(match[name], kind) for name, kind in columns.items()}
+        return {name: _from_text(match[name], arrow_type(kind)) for name, kind in columns.items()}
 
     return read
 
@@ -82,16 +84,19 @@ def _by_tags(columns: Mapping[str, str]) -> Parse:
         found = {name: pattern.search(text) for name, pattern in patterns.items()}
         if missing := [f"<{name}>" for name, match in found.items() if match is None]:
             return RowError("parse_error", f"no {', '.join(missing)} in {text!r:.200}")
-        return {name: _from_text(match[1].strip(), columns[name]) for name, match in found.items() if match}
+        return {
+            name: _from_text(match[1].strip(), arrow_type(columns[name]))
+            for name, match in found.items()
+            if match
+        }
 
     return read
 
 
-def _from_text(text: str | None, kind: str) -> Any:
+def _from_text(text: str | None, type_: pa.DataType) -> Any:
     """A value of the column's type where the text is one; else the text, which does not fit and fails the record."""
     if text is None:
         return None
-    type_ = arrow_type(kind)
     try:
         if pa.types.is_integer(type_):
             return int(text)
@@ -103,6 +108,6 @@ def _from_text(text: str | None, kind: str) -> Any:
             return date.fromisoformat(text)
         if pa.types.is_timestamp(type_):
             return datetime.fromisoformat(text)
-        return json.loads(text) if pa.types.is_list(type_) else text
+        return _with_times(json.loads(text), type_) if pa.types.is_list(type_) else text
     except ValueError:
         return text

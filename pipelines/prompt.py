@@ -21,7 +21,8 @@ from pipelines.errors import ROW_ERROR_CODES, RowError, SpecError
 from pipelines.messages import Message, Turns, checked, conversation, has_system
 from pipelines.row_limits import row_limits
 from pipelines.settings import PromptSettings, SamplingSettings
-from pipelines.template import GLOBALS, Template, null, one_line
+from pipelines.template import Template, null, one_line
+from pipelines.values import column_values, first_error, records
 
 #: Columns that reading adds; the last ones of these names, should the input have such columns itself.
 _ADDED = ("row_id", "error_code", "error_message")
@@ -70,8 +71,7 @@ class PromptBuilder:
                         f"prompt.{key}: the model's tokenizer has no chat template; "
                         f"choose an instruction-tuned model, or leave the key out"
                     )
-        self._system = None if settings.system is None else Template(settings.system, "prompt.system")
-        self._source = _source(settings, folders)
+        self._conversations = Conversations(settings, folders)
 
     def build(self, table: pa.Table) -> pa.Table:
         """Prompts for all rows of `table`, in its order, as `contracts.PROMPT_SCHEMA`.
@@ -107,31 +107,12 @@ class PromptBuilder:
         return [broken[place] if place in broken else next(sound) for place in range(table.num_rows)]
 
     def _texts(self, table: pa.Table) -> list[str | RowError]:
-        outcomes: list[str | RowError] = []
-        asked: list[list[Message]] = []
-        places: list[int] = []
-        for turns, system in zip(self._source(table), self._systems(table), strict=True):
-            outcome = checked(turns)
-            if isinstance(outcome, RowError) or (isinstance(outcome, str) and not self.chat):
-                outcomes.append(outcome)
-            elif not self.chat:
-                outcomes.append(RowError("prompt_error", _NO_CHAT))
-            elif isinstance(system, RowError) and not has_system(outcome):
-                outcomes.append(system)
-            else:
-                places.append(len(outcomes))
-                asked.append(conversation(outcome, system))
-                outcomes.append("")
-        for place, text in zip(places, self._render_chats(asked), strict=True):
-            outcomes[place] = text
-        return outcomes
-
-    def _systems(self, table: pa.Table) -> Iterator[str | RowError | None]:
-        if self._system is None:
-            return iter([None] * table.num_rows)
-        if not self._system.columns:  # the same for all rows
-            return iter([_attempt(self._system.render)] * table.num_rows)
-        return _rendered(self._system, table)
+        outcomes = list(self._conversations(table, chat=self.chat))
+        asked = {place: messages for place, messages in enumerate(outcomes) if isinstance(messages, list)}
+        texts = dict(zip(asked, self._render_chats(list(asked.values())), strict=True))
+        return [
+            texts[place] if isinstance(outcome, list) else outcome for place, outcome in enumerate(outcomes)
+        ]
 
     def _render_chats(self, conversations: list[list[Message]]) -> list[str | RowError]:
         def render(batch: list[Any]) -> list[str]:
@@ -171,39 +152,34 @@ class PromptBuilder:
 
 
 class Conversations:
-    """The messages that a job's prompt makes of rows, as OpenAI has them, without a model's chat template.
+    """What a job's prompt asks of each row, before any model's chat template. `folders` as for `PromptBuilder`.
 
-    Raises SpecError as `PromptBuilder` does.
+    Raises SpecError on construction: template syntax, a function that cannot be imported.
     """
 
     def __init__(self, settings: PromptSettings, folders: Sequence[str] = ()) -> None:
         self._system = None if settings.system is None else Template(settings.system, "prompt.system")
-        template = None if settings.template is None else Template(settings.template, "prompt.template")
         self._source = _source(settings, folders)
-        self.needs: frozenset[str] = frozenset(
-            {name for name in (settings.messages_column, settings.prompt_column) if name}
-        ).union(
-            *(
-                each.columns - each.optional - GLOBALS - {"row_id"}
-                for each in (template, self._system)
-                if each
-            )
-        )
-        """The columns without which there is no prompt; a function says nothing of its own."""
 
-    def __call__(self, table: pa.Table) -> list[list[Message] | RowError]:
-        """One conversation for each row of the table, or why there is none."""
-        systems = [None] * table.num_rows if self._system is None else _rendered(self._system, table)
-        found: list[list[Message] | RowError] = []
-        for turns, system in zip(self._source(table), systems, strict=True):
+    def __call__(self, table: pa.Table, *, chat: bool = True) -> Iterator[str | list[Message] | RowError]:
+        """For each row its messages in OpenAI's shape, or its error; with `chat` False its text."""
+        for turns, system in zip(self._source(table), self._systems(table), strict=True):
             outcome = checked(turns)
-            if isinstance(outcome, RowError):
-                found.append(outcome)
+            if isinstance(outcome, RowError) or (isinstance(outcome, str) and not chat):
+                yield outcome
+            elif not chat:
+                yield RowError("prompt_error", _NO_CHAT)
             elif isinstance(system, RowError) and not has_system(outcome):
-                found.append(system)
+                yield system
             else:
-                found.append(conversation(outcome, system))
-        return found
+                yield conversation(outcome, system)
+
+    def _systems(self, table: pa.Table) -> Iterator[str | RowError | None]:
+        if self._system is None:
+            return iter([None] * table.num_rows)
+        if not self._system.columns:  # the same for all rows
+            return iter([_attempt(self._system.render)] * table.num_rows)
+        return _rendered(self._system, table)
 
 
 # ── Where the turns come from ────────────────────────────────────────────────────────────────────────────────────
@@ -219,12 +195,13 @@ def _source(settings: PromptSettings, folders: Sequence[str]) -> Source:
     if settings.messages_column is not None:
         messages_column = settings.messages_column
         return lambda table: (
-            _value_or_error(value, messages_column, _parsed) for value in _values(table, messages_column)
+            _value_or_error(value, messages_column, _parsed)
+            for value in column_values(table, messages_column)
         )
     if settings.prompt_column is not None:
         prompt_column = settings.prompt_column
         return lambda table: (
-            _value_or_error(value, prompt_column, _text) for value in _values(table, prompt_column)
+            _value_or_error(value, prompt_column, _text) for value in column_values(table, prompt_column)
         )
     assert settings.function is not None  # PromptSettings has exactly one source
     function = load_function(settings.function, folders)
@@ -239,12 +216,12 @@ def _rendered(template: Template, table: pa.Table) -> Iterator[str | RowError]:
     names = [name for name in table.column_names if name in template.columns]
     names = list(dict.fromkeys(names))
     nulls = {name: null(name) for name in names}
-    columns = [_values(table, name, nulls[name]) for name in names]
+    columns = [column_values(table, name, nulls[name]) for name in names]
     rows: Iterable[tuple[Any, ...]] = zip(*columns, strict=True) if columns else [()] * table.num_rows
     render = template.render
     for values in rows:
         try:
-            yield _first_error(values) or render(dict(zip(names, values)))  # noqa: B905 -- equal by construction
+            yield first_error(values) or render(dict(zip(names, values)))  # noqa: B905 -- equal by construction
         except RowError as error:
             yield error
 
@@ -253,22 +230,17 @@ def _called(function: Callable[..., Any], table: pa.Table) -> Iterator[Turns | R
     names = [
         name for name in dict.fromkeys(table.column_names) if name not in ("error_code", "error_message")
     ]
-    columns = [_values(table, name) for name in names]
-    for values in zip(*columns, strict=True):
+    for record in records(table, names):
+        if isinstance(record, RowError):
+            yield record
+            continue
         try:
-            yield _first_error(values) or function(dict(zip(names, values, strict=True)))
+            yield function(record)
         except RowError as error:
             known = error.code in ROW_ERROR_CODES
             yield error if known else RowError("prompt_error", f"{error.code}: {one_line(error)}")
         except (Exception, SystemExit) as error:  # noqa: BLE001 -- whatever user code raises is its row's error
             yield RowError("prompt_error", f"prompt.function: {one_line(error)}")
-
-
-def _first_error(values: tuple[Any, ...]) -> RowError | None:
-    for value in values:
-        if isinstance(value, RowError):
-            return value
-    return None
 
 
 def _value_or_error(value: Any, column: str, convert: Callable[[Any], Turns]) -> Turns | RowError:
@@ -319,28 +291,6 @@ def _broken_rows(table: pa.Table) -> dict[int, RowError]:
 
 def _added_column(table: pa.Table, name: str) -> pa.ChunkedArray:
     return table.column(table.schema.get_all_field_indices(name)[-1])
-
-
-def _values(table: pa.Table, name: str, instead_of_null: Any = None) -> list[Any]:
-    """A column as Python values; values that are not UTF-8 become RowErrors (Arrow checks only on conversion)."""
-    places = table.schema.get_all_field_indices(name)
-    if not places:
-        return [instead_of_null] * table.num_rows
-    column = table.column(places[0])
-    try:
-        values: list[Any] = column.to_pylist()
-    except UnicodeDecodeError:
-        values = [_decoded(value, name) for value in column]
-    if instead_of_null is None or column.null_count == 0:
-        return values
-    return [instead_of_null if value is None else value for value in values]
-
-
-def _decoded(value: pa.Scalar, name: str) -> Any:
-    try:
-        return value.as_py()
-    except UnicodeDecodeError:
-        return RowError("invalid_utf8", f"column {name!r} is not UTF-8")
 
 
 def _attempt(render: Callable[[dict[str, Any]], str]) -> str | RowError:

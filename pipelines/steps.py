@@ -9,7 +9,7 @@ in = out + dropped + failed. At the end a row has failed when none of its record
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from pipelines.code import load_function
 from pipelines.contracts import Work, result_schema
-from pipelines.errors import RowError, SpecError
+from pipelines.errors import RowError
 from pipelines.filter import compile_filter
 from pipelines.parse import parser
 from pipelines.step_settings import (
@@ -32,6 +32,8 @@ from pipelines.step_settings import (
     step_names,
 )
 from pipelines.template import one_line
+from pipelines.typed_columns import typed_columns
+from pipelines.values import records
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Verdict:
 
 
 class Step(Protocol):
-    def __call__(self, records: pa.Table) -> Verdict: ...
+    def __call__(self, good: pa.Table) -> Verdict: ...
 
 
 class Steps:
@@ -75,16 +77,16 @@ class Steps:
         counts: dict[str, dict[str, int]] = {}
         for name, step in zip(step_names(self._settings), self._steps, strict=True):
             verdict = step(good)
-            records = len(good)
+            there = len(good)
             if verdict.failed:
                 failed.append(_failed(good, verdict.failed))
             for column, values in verdict.added.items():
                 good = good.append_column(column, values)
-            stays = np.ones(records, bool)
+            stays = np.ones(there, bool)
             stays[[*verdict.failed, *verdict.dropped]] = False
             good = good.filter(pa.array(stays))
             counts[name] = {
-                "in": records,
+                "in": there,
                 "out": len(good),
                 "dropped": len(verdict.dropped),
                 "failed": len(verdict.failed),
@@ -107,9 +109,9 @@ def part_schema(work: Work) -> pa.Schema:
     return with_steps(result_schema(work.input_schema, work.output, work.sampling), work.steps)
 
 
-def _failed(records: pa.Table, failed: Mapping[int, RowError]) -> pa.Table:
+def _failed(good: pa.Table, failed: Mapping[int, RowError]) -> pa.Table:
     """The records that fail, with their errors."""
-    table = records.take(list(failed))
+    table = good.take(list(failed))
     for column, values in {
         "error_code": [error.code for error in failed.values()],
         "error_message": [str(error) for error in failed.values()],
@@ -118,18 +120,15 @@ def _failed(records: pa.Table, failed: Mapping[int, RowError]) -> pa.Table:
     return table
 
 
-def _settled(records: pa.Table) -> pa.Table:
+def _settled(together: pa.Table) -> pa.Table:
     """Without the failed records of rows that have a good one, and without all but the first of the others."""
-    good_rows: set[str] = set()
-    failed_rows: set[str] = set()
-    errors = list(zip(records["row_id"].to_pylist(), records["error_code"].to_pylist(), strict=True))
-    good_rows.update(row for row, code in errors if code is None)
+    errors = list(zip(together["row_id"].to_pylist(), together["error_code"].to_pylist(), strict=True))
+    told = {row for row, code in errors if code is None}
     keep = []
     for row, code in errors:
-        keep.append(code is None or (row not in good_rows and row not in failed_rows))
-        if code is not None:
-            failed_rows.add(row)
-    return records.filter(pa.array(keep, pa.bool_()))
+        keep.append(code is None or row not in told)
+        told.add(row)
+    return together.filter(pa.array(keep, pa.bool_()))
 
 
 # ── The kinds ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -150,12 +149,12 @@ def _parse(step: ParseStep) -> Step:
     read = parser(step)
     types = {name: arrow_type(kind) for name, kind in step.adds.items()}
 
-    def run(records: pa.Table) -> Verdict:
+    def run(good: pa.Table) -> Verdict:
         outcomes = [
             RowError("parse_error", f"column {step.column!r} is null") if text is None else read(text)
-            for text in records[step.column].to_pylist()
+            for text in good[step.column].to_pylist()
         ]
-        added, errors = _columns(outcomes, types, "parse_error")
+        added, errors = typed_columns(outcomes, types, "parse_error")
         if step.on_error == "fail":
             return Verdict(added, failed=errors)
         return Verdict(added, dropped=list(errors) if step.on_error == "drop" else ())
@@ -167,7 +166,9 @@ def _map(step: MapStep, key: str, folders: Sequence[str]) -> Step:
     function = load_function(step.function, folders, f"{key}.function")
     types = {name: arrow_type(kind) for name, kind in step.adds.items()}
 
-    def call(record: dict[str, Any]) -> Mapping[str, Any] | RowError:
+    def call(record: dict[str, Any] | RowError) -> Mapping[str, Any] | RowError:
+        if isinstance(record, RowError):
+            return record
         try:
             given = function(record)
         except (Exception, SystemExit) as error:  # noqa: BLE001 -- whatever user code raises is its record's error
@@ -179,10 +180,11 @@ def _map(step: MapStep, key: str, folders: Sequence[str]) -> Step:
             )
         return given
 
-    def run(records: pa.Table) -> Verdict:
-        hidden = [_PLACE, "error_code", "error_message"]
-        outcomes = [call(record) for record in records.drop_columns(hidden).to_pylist()]
-        added, errors = _columns(outcomes, types, "step_error")
+    def run(good: pa.Table) -> Verdict:
+        hidden = (_PLACE, "error_code", "error_message")
+        seen = [name for name in good.column_names if name not in hidden]
+        outcomes = [call(record) for record in records(good, seen)]
+        added, errors = typed_columns(outcomes, types, "step_error")
         return Verdict(added, failed=errors)
 
     return run
@@ -191,8 +193,8 @@ def _map(step: MapStep, key: str, folders: Sequence[str]) -> Step:
 def _filter(step: FilterStep, key: str) -> Step:
     condition = compile_filter(step.where, f"{key}.where")
 
-    def run(records: pa.Table) -> Verdict:
-        kept = condition.mask(records)
+    def run(good: pa.Table) -> Verdict:
+        kept = condition.mask(good)
         return Verdict(dropped=np.flatnonzero(pc.invert(kept).to_numpy(zero_copy_only=False)).tolist())
 
     return run
@@ -201,118 +203,14 @@ def _filter(step: FilterStep, key: str) -> Step:
 def _select(step: SelectStep) -> Step:
     sign = -1.0 if step.order == "largest" else 1.0
 
-    def run(records: pa.Table) -> Verdict:
-        values = sign * pc.cast(records[step.by], pa.float64()).to_numpy()  # null: NaN, which sorts last
-        rows = records["row_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-        order = np.lexsort((records["sample_index"].to_numpy(), values, rows))
+    def run(good: pa.Table) -> Verdict:
+        values = (
+            sign * pc.cast(good[step.by], pa.float64(), safe=False).to_numpy()
+        )  # null: NaN, which sorts last
+        rows = good["row_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+        order = np.lexsort((good["sample_index"].to_numpy(), values, rows))
         sorted_rows = rows[order]
         rank = np.arange(len(order)) - np.searchsorted(sorted_rows, sorted_rows)
         return Verdict(dropped=np.sort(order[rank >= step.keep]).tolist())
 
     return run
-
-
-def _columns(
-    outcomes: Sequence[Mapping[str, Any] | RowError], types: Mapping[str, pa.DataType], code: str
-) -> tuple[dict[str, pa.Array], dict[int, RowError]]:
-    """(one array per column, null where there is an error; errors by place: those given, and values of other types)."""
-    errors = {place: outcome for place, outcome in enumerate(outcomes) if isinstance(outcome, RowError)}
-    added = {}
-    for name, type_ in types.items():
-        values = [None if isinstance(outcome, RowError) else outcome[name] for outcome in outcomes]
-        added[name], wrong = _array(values, type_)
-        for place, reason in wrong.items():
-            errors.setdefault(place, RowError(code, f"{name}: {reason}"))
-    if errors:
-        sound = pa.array([place not in errors for place in range(len(outcomes))])
-        added = {name: pc.if_else(sound, array, None) for name, array in added.items()}
-    return added, dict(sorted(errors.items()))
-
-
-def _array(values: Sequence[Any], type_: pa.DataType) -> tuple[pa.Array, dict[int, str]]:
-    """The values as `type_`; why those cannot be it that are null instead."""
-    fits = _fits(type_)
-    wrong = {
-        place: f"{value!r:.80} is no {type_}"
-        for place, value in enumerate(values)
-        if value is not None and not fits(value)
-    }
-    sound = [None if place in wrong else value for place, value in enumerate(values)]
-    try:
-        return pa.array(sound, type_), wrong
-    except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        for place, value in enumerate(sound):  # too large, not UTF-8 …
-            try:
-                pa.array([value], type_)
-            except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-                wrong[place], sound[place] = one_line(error), None
-        return pa.array(sound, type_), wrong
-
-
-def _fits(type_: pa.DataType) -> Callable[[Any], bool]:
-    """Whether Python's type is the one meant; Arrow itself would read True as 1, and 1 as a time."""
-    if pa.types.is_list(type_):
-        inner = _fits(type_.value_type)
-        return lambda value: (
-            isinstance(value, list | tuple) and all(item is None or inner(item) for item in value)
-        )
-    if pa.types.is_boolean(type_):
-        return lambda value: isinstance(value, bool)
-    if pa.types.is_integer(type_):
-        return lambda value: (
-            (isinstance(value, int) and not isinstance(value, bool))
-            or (isinstance(value, float) and value.is_integer())
-        )
-    if pa.types.is_floating(type_):
-        return lambda value: isinstance(value, int | float) and not isinstance(value, bool)
-    if pa.types.is_string(type_):
-        return lambda value: isinstance(value, str)
-    return lambda value: not isinstance(value, int | float)  # dates and times: Arrow tells
-
-
-# ── Before any engine starts ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def check_steps(steps: tuple[StepSettings, ...], answers: pa.Schema) -> list[str]:
-    """What is wrong with the columns that the steps need and add, one line each. `answers`: the schema without steps."""
-    problems = []
-    schema = answers
-    for step, name in zip(steps, step_names(steps), strict=True):
-        problems += [f"steps.{name}: {problem}" for problem in _problems(step, schema)]
-        if step.filter is not None and not problems:
-            try:
-                compile_filter(step.filter.where, f"steps.{name}.where").check(schema)
-            except SpecError as error:
-                problems.append(str(error))
-        schema = pa.schema([*schema, *(column for column in step.adds if column.name not in schema.names)])
-    return problems
-
-
-def _problems(step: StepSettings, schema: pa.Schema) -> list[str]:
-    problems = [
-        f"adds the column {name!r}, which is there already"
-        for name in step.adds.names
-        if name in schema.names
-    ]
-    if step.parse is not None:
-        problems += _type_problem("column", step.parse.column, schema, "text", pa.types.is_string)
-    if step.select is not None:
-        problems += _type_problem(
-            "by",
-            step.select.by,
-            schema,
-            "numbers or booleans",
-            lambda type_: (
-                pa.types.is_boolean(type_) or pa.types.is_integer(type_) or pa.types.is_floating(type_)
-            ),
-        )
-    return problems
-
-
-def _type_problem(
-    key: str, column: str, schema: pa.Schema, wanted: str, fits: Callable[[pa.DataType], bool]
-) -> list[str]:
-    if column not in schema.names:
-        return [f"{key}: there is no column {column!r} by then; there are {', '.join(schema.names[:16])}"]
-    type_ = schema.field(column).type
-    return [] if fits(type_) else [f"{key}: {column!r} holds {type_} values, not {wanted}"]

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from jobs.books import SUCCESS, fold
 from jobs.cli import main
 from jobs.dataset import Splits
-from jobs.dataset_formats import JsonSink, plain
+from jobs.dataset_formats import plain
 from jobs.inspect import opened, report_of
 from jobs.output import write_card
 from pipelines.errors import SpecError
@@ -62,16 +62,16 @@ def digests(folder: Path) -> dict[str, str]:
 # ── Splits ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@given(st.lists(st.one_of(st.text(), st.integers(), st.none())), st.lists(st.text()), st.integers(1, 9))
+@given(st.lists(st.one_of(st.text(), st.none())), st.lists(st.text()), st.integers(1, 9))
 def test_new_rows_move_no_old_ones(values: list[Any], more: list[str], tenths: int) -> None:
     splits = Splits.of([f"train={tenths / 10}", f"test={1 - tenths / 10}"])
-    before = splits.names(values).tolist()
-    assert splits.names([*values, *more]).tolist()[: len(values)] == before
+    before = splits.numbers(values).tolist()
+    assert splits.numbers([*values, *more]).tolist()[: len(values)] == before
     assert set(before) <= {0, 1}
 
 
 def test_shares_are_about_what_was_asked_for() -> None:
-    numbers = Counter(Splits.of(["a=0.7", "b=0.2", "c=0.1"]).names(range(20_000)).tolist())
+    numbers = Counter(Splits.of(["a=0.7", "b=0.2", "c=0.1"]).numbers(map(str, range(20_000))).tolist())
     assert [round(numbers[i] / 20_000, 2) for i in range(3)] == [0.7, 0.2, 0.1]
 
 
@@ -107,13 +107,27 @@ def test_every_good_record_is_in_one_split_once_and_the_same_each_time(tmp_path:
 
 
 def test_files_have_about_the_wanted_size(tmp_path: Path) -> None:
-    sink = JsonSink(pa.schema([]))
-    table = pa.table({"text": ["x" * 1000] * 5000})
-    sink.write(table)
-    assert sink.size == len(sink.close()) == 5000 * 1013
     output = finished(tmp_path)
     whole = export("jsonl", str(output.folder), str(tmp_path / "whole"))
     assert len(whole["files"]["train"]) == 1
+    cut = export("jsonl", str(output.folder), str(tmp_path / "cut"), "--file-size", "12kB")
+    sizes = [(tmp_path / "cut" / name).stat().st_size for name in cut["files"]["train"]]
+    assert len(sizes) > 2
+    # A shard's 25 records are looked at together here: none is as large as what may be too much.
+    assert all(12_000 <= size < 24_000 for size in sizes[:-1])
+    assert sum(sizes) == (tmp_path / "whole" / whole["files"]["train"][0]).stat().st_size
+
+
+def test_an_output_without_a_good_record_gives_a_dataset_without_files(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    dirty = pa.array([b"caf\xe9"] * 9, pa.binary()).view(pa.string())  # which fails its row
+    pq.write_table(pa.table({"question": ["1 + 1?"] * 9, "note": dirty}), tmp_path / "in" / "a.parquet")
+    output = committed(job(tmp_path / "in", tmp_path / "out"))
+    output.storage.write(SUCCESS, b"{}")
+    assert "## Examples" not in card(output)
+    done = export("jsonl", str(output.folder), str(tmp_path / "a"))
+    assert (done["left_out"], done["records"], done["files"]) == (9, {"train": 0}, {"train": []})
+    assert (tmp_path / "a").is_dir()
 
 
 def test_rows_of_one_value_stay_together(tmp_path: Path) -> None:

@@ -185,6 +185,25 @@ def test_a_function_fails_its_own_record_only(checks: str, tmp_path: Path) -> No
     assert counts == {"map": {"in": 5, "out": 2, "dropped": 0, "failed": 3}}
 
 
+def test_a_function_gets_no_text_that_is_no_utf8(checks: str, tmp_path: Path) -> None:
+    table = answers({"a": ["fine"], "b": ["fine"]})
+    dirty = pa.array([b"ok", b"caf\xe9"], pa.binary()).view(pa.string())
+    result, _ = Steps(steps(judged(checks)), [str(tmp_path)]).run(table.set_column(0, "question", dirty))
+    assert result["error_code"].to_pylist() == [None, "invalid_utf8"]
+
+
+def test_large_numbers_and_times_in_lists() -> None:
+    texts = [json.dumps({"n": n, "at": [f"2026-11-2{n % 10}"]}) for n in (2**60 + 1, 2**60 + 3001)]
+    rows, _ = ran(
+        answers({"a": list(texts)}),
+        {"parse": {"json": {"n": "int64", "at": "list<date32>"}}},
+        {"select": {"by": "n"}},
+    )
+    assert [(row["sample_index"], row["n"], str(row["at"][0])) for row in rows] == [
+        (1, 2**60 + 3001, "2026-11-27")
+    ]
+
+
 # ── Through the stages ───────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -48,7 +48,8 @@ def test_a_process_keeps_a_log_of_its_own_but_for_what_the_user_configures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_CONFIG_PATH"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that its absence is restored
+        monkeypatch.delenv(name)
     own = vllm_log.error_log.__wrapped__
     parents = own()
     assert parents is not None

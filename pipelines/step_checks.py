@@ -1,0 +1,56 @@
+"""Whether each step finds the columns that it needs: told when planning, before any engine starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyarrow as pa
+
+from pipelines.errors import SpecError
+from pipelines.filter import compile_filter
+from pipelines.step_settings import StepSettings, step_names
+
+
+def check_steps(steps: tuple[StepSettings, ...], answers: pa.Schema) -> list[str]:
+    """What is wrong with the columns that the steps need and add, one line each. `answers`: the schema without steps."""
+    problems = []
+    schema = answers
+    for step, name in zip(steps, step_names(steps), strict=True):
+        problems += [f"steps.{name}: {problem}" for problem in _problems(step, schema)]
+        if step.filter is not None and not problems:
+            try:
+                compile_filter(step.filter.where, f"steps.{name}.where").check(schema)
+            except SpecError as error:
+                problems.append(str(error))
+        schema = pa.schema([*schema, *(column for column in step.adds if column.name not in schema.names)])
+    return problems
+
+
+def _problems(step: StepSettings, schema: pa.Schema) -> list[str]:
+    problems = [
+        f"adds the column {name!r}, which is there already"
+        for name in step.adds.names
+        if name in schema.names
+    ]
+    if step.parse is not None:
+        problems += _type_problem("column", step.parse.column, schema, "text", pa.types.is_string)
+    if step.select is not None:
+        problems += _type_problem(
+            "by",
+            step.select.by,
+            schema,
+            "numbers or booleans",
+            lambda type_: (
+                pa.types.is_boolean(type_) or pa.types.is_integer(type_) or pa.types.is_floating(type_)
+            ),
+        )
+    return problems
+
+
+def _type_problem(
+    key: str, column: str, schema: pa.Schema, wanted: str, fits: Callable[[pa.DataType], bool]
+) -> list[str]:
+    if column not in schema.names:
+        return [f"{key}: there is no column {column!r} by then; there are {', '.join(schema.names[:16])}"]
+    type_ = schema.field(column).type
+    return [] if fits(type_) else [f"{key}: {column!r} holds {type_} values, not {wanted}"]
