@@ -139,6 +139,7 @@ def verdict_of(storage: Storage, found: Findings, *, deep: bool) -> dict[str, An
         "rows_in": books.totals.rows_in,
         "rows_ok": books.totals.rows_ok,
         "rows_failed": books.totals.rows_failed,
+        "rows_dropped": books.totals.rows_dropped,
         "finished": storage.exists(SUCCESS),
         "deep": deep,
         "without_digest": found.without_digest,
@@ -156,7 +157,8 @@ def render_verdict(verdict: dict[str, Any]) -> RenderableType:
     lines = [
         f"{escape(verdict['output'])}: {word} ({how} read)",
         f"shards {verdict['shards_committed']:,} of {verdict['shards_planned']:,}; "
-        f"rows {verdict['rows_in']:,} = {verdict['rows_ok']:,} ok + {verdict['rows_failed']:,} failed",
+        f"rows {verdict['rows_in']:,} = {verdict['rows_ok']:,} ok + {verdict['rows_failed']:,} failed"
+        + (f" + {verdict['rows_dropped']:,} dropped" if verdict["rows_dropped"] else ""),
     ]
     if verdict["without_digest"]:
         lines.append(f"{verdict['without_digest']:,} parts have no digest: their bytes were not compared")

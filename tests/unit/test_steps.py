@@ -239,6 +239,7 @@ def test_the_books_of_a_job_with_steps_are_in_order(tmp_path: Path, checks: str)
     verdict = verify(output.storage, deep=True)
     stats = [shard.stats for shard in run(output.work("again"), output.plan.shards)]
     assert (verdict["problems"], verdict["rows_in"]) == ([], 30)
+    assert verdict["rows_ok"] + verdict["rows_dropped"] == 30
     assert sum(one.rows_dropped for one in stats) == 30 - len(best)
     assert sum(one.completion_tokens for one in stats) == sum(row["completion_tokens"] for row in all_answers)
     assert sum(one.steps["map"]["in"] for one in stats) == 90
