@@ -71,7 +71,7 @@ def test_an_output_over_its_budget_gets_within_it(tmp_path: Path) -> None:
     assert (out / "data" / "_SUCCESS").exists()
     assert (out / ".dray" / "spec.json").read_bytes() == stored
     assert verify(storage, deep=True)["ok"]
-    assert "| rows | 100 ok, 0 failed |" in (out / "README.md").read_text()
+    assert "| rows | 100 ok, 0 failed of 100 |" in (out / "README.md").read_text()
     assert pq.read_table(out / "stats" / "shards.parquet")["retries"].to_pylist() == [2] * 5
     assert seen[-1].phase == "done"
     assert (seen[-1].shards_total, seen[-1].shards_done, seen[-1].stats.rows_ok) == (5, 5, 10)
