@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from jobs.engines import Engines, engines_of, hardware_of
 from jobs.policy import check_pool
@@ -16,30 +17,68 @@ from pipelines.settings import PoolSettings
 log = logging.getLogger("dray")
 
 
-def settle(spec: JobSpec) -> tuple[PoolSettings, EngineResources]:
-    """A job's pool with numbers for `auto`, and what Ray reserves for one engine of it, on the connected cluster."""
+@dataclass(frozen=True, kw_only=True)
+class Reserved:
+    """A pool of engines on a cluster."""
+
+    pool: PoolSettings
+    """With numbers for `auto`."""
+    each: EngineResources
+    """What Ray reserves for one engine."""
+
+    @property
+    def gpus(self) -> float:
+        """Of all engines that are always there."""
+        return self.each.num_gpus * self.pool.least_engines
+
+    @property
+    def cpus(self) -> float:
+        """As `gpus`."""
+        return self.each.num_cpus * self.pool.least_engines
+
+
+def settle(spec: JobSpec) -> list[Reserved]:
+    """The pools of a job, one for each of `spec.pools`, on the connected cluster."""
     import ray
 
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    engines = engines_of(spec, hardware_of(spec, have))
-    check_pool(spec, engines.pool)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    resources = engine_resources(spec, engines, have, [float(node.get("CPU", 0)) for node in nodes])
-    if not any(resources.fit(node) for node in nodes):
-        log.warning(
-            "no node of this cluster has %g CPUs and %g GPUs for an engine: the run waits until one joins",
-            resources.num_cpus,
-            resources.num_gpus,
-        )
-    return engines.pool, resources
+    cpus = [float(node.get("CPU", 0)) for node in nodes]
+    each = [engines_of(one, hardware_of(one, have)) for one in spec.pools]
+    most = sum(engines.pool.least_engines for engines in each)
+    found = []
+    for one, engines in zip(spec.pools, each, strict=True):
+        check_pool(one, engines.pool)
+        needed = engine_resources(one, engines, have, cpus, beside=most - engines.pool.least_engines)
+        if not any(needed.fit(node) for node in nodes):
+            log.warning(
+                "no node of this cluster has %g CPUs and %g GPUs for an engine: the run waits until one joins",
+                needed.num_cpus,
+                needed.num_gpus,
+            )
+        found.append(Reserved(pool=engines.pool, each=needed))
+    if spec.cluster.address == "local":
+        for kind, need in (("GPU", sum(one.gpus for one in found)), ("CPU", sum(one.cpus for one in found))):
+            if need > have.get(kind, 0):
+                raise JobError(
+                    f"the {len(found)} pools of this job need {need:g} {kind}s together; this machine has "
+                    f"{have.get(kind, 0):g}: lower their pool.replicas or pool.cpus_per_engine, raise "
+                    "pool.engines_per_gpu, or name a larger cluster.address"
+                )
+    return found
 
 
 def engine_resources(
-    spec: JobSpec, engines: Engines, have: Mapping[str, float], node_cpus: Sequence[float] = ()
+    spec: JobSpec,
+    engines: Engines,
+    have: Mapping[str, float],
+    node_cpus: Sequence[float] = (),
+    beside: int = 0,
 ) -> EngineResources:
     """What Ray reserves for one engine of a settled pool, on a cluster that has `have`, by default in one node.
 
-    Raises JobError when a cluster of our own can never hold the pool: Ray would wait for ever.
+    `beside`: engines of the job's other pools. Raises JobError when a cluster of our own can never hold the pool: Ray
+    would wait for ever.
     """
     pool = engines.pool
     wanted = pool.least_engines
@@ -50,12 +89,12 @@ def engine_resources(
         share = math.floor(1e4 * spec.model.gpus_per_engine / pool.engines_per_gpu) / 1e4
         resources = EngineResources(num_gpus=share, num_cpus=0)
     else:
-        fair = _fair_cpus(node_cpus or [have.get("CPU", 1)], wanted)
+        fair = _fair_cpus(node_cpus or [have.get("CPU", 1)], wanted + beside)
         cpus = fair if pool.cpus_per_engine == "auto" else pool.cpus_per_engine
         resources = EngineResources(num_gpus=0, num_cpus=cpus)
     if spec.cluster.address == "local":
-        beside = PREPARE_CPUS + COMMIT_CPUS
-        for kind, need, rest in (("GPU", resources.num_gpus, 0), ("CPU", resources.num_cpus, beside)):
+        stages = PREPARE_CPUS + COMMIT_CPUS
+        for kind, need, rest in (("GPU", resources.num_gpus, 0), ("CPU", resources.num_cpus, stages)):
             if need * wanted + rest > have.get(kind, 0):
                 packing = ", raise pool.engines_per_gpu" if kind == "GPU" and need <= 1 else ""
                 raise JobError(

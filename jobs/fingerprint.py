@@ -22,6 +22,7 @@ from pipelines.code import digest_of_package
 from pipelines.contracts import FORMAT_VERSION
 from pipelines.engine_args import RESULT_NEUTRAL_ARGS
 from pipelines.errors import ModelError
+from pipelines.settings import ModelSettings
 from pipelines.step_settings import StepSettings
 
 #: Of these sections, the keys that change what is written; None: all of them.
@@ -48,38 +49,48 @@ def identity(job: LoadedJob, folders: Sequence[str] = ()) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"format_version": FORMAT_VERSION}
     for section, counted in _COUNTED.items():
-        values = getattr(job.spec, section).model_dump(mode="json")
-        for key in counted if counted is not None else values:
-            _add(found, (section, key), values[key], job)
-    for name in RESULT_NEUTRAL_ARGS:
-        for key in [
-            key for key in found if key == f"model.engine.{name}" or key.startswith(f"model.engine.{name}.")
-        ]:
-            del found[key]
-    if job.spec.model.backend == "simulated":
-        simulated = job.spec.model.simulated
-        found["model.simulated"] = [simulated.min_tokens, simulated.max_tokens]
-    for key in ("source", "tokenizer"):
-        place = getattr(job.spec.model, key)
-        if place is not None and os.path.isabs(place):  # `load` made local folders absolute
-            trusted = bool(job.spec.model.engine.get("trust_remote_code"))
-            found[f"model.{key}"] = {
-                "folder": os.path.basename(place),
-                "sha256": digest_of_model(place, code=trusted),
-            }
-    lora = job.spec.model.lora
-    if lora is not None and os.path.isabs(lora.source):
-        found["model.lora.source"] = {
-            "folder": os.path.basename(lora.source),
-            "sha256": digest_of_model(lora.source),
-        }
+        if section != "model":
+            values = getattr(job.spec, section).model_dump(mode="json")
+            for key in counted if counted is not None else values:
+                _add(found, (section, key), values[key], job)
+    for key, model in job.spec.models.items():
+        found |= _model_identity(key, model, job)
     if job.spec.steps:
-        found["steps"] = [
-            step.model_dump(mode="json", by_alias=True, exclude_defaults=True) for step in job.spec.steps
-        ]
+        found["steps"] = [_step_identity(step) for step in job.spec.steps]
     for key, function in job.spec.functions.items():
         found[f"{key} code"] = digest_of_package(function.partition(":")[0], folders)
     return dict(sorted(found.items()))
+
+
+def _model_identity(key: str, model: ModelSettings, job: LoadedJob) -> dict[str, Any]:
+    """A model's part of an `identity`; `key` is where it stands in the job file."""
+    found: dict[str, Any] = {}
+    values = model.model_dump(mode="json")
+    for name in _COUNTED["model"] or ():
+        _add(found, (*key.split("."), name), values[name], job)
+    for name in RESULT_NEUTRAL_ARGS:
+        neutral = f"{key}.engine.{name}"
+        found = {k: value for k, value in found.items() if k != neutral and not k.startswith(f"{neutral}.")}
+    if model.backend == "simulated":
+        found[f"{key}.simulated"] = [model.simulated.min_tokens, model.simulated.max_tokens]
+    for name in ("source", "tokenizer"):
+        place = getattr(model, name)
+        if place is not None and os.path.isabs(place):  # `load` made local folders absolute
+            trusted = bool(model.engine.get("trust_remote_code"))
+            found[f"{key}.{name}"] = _folder(place, code=trusted)
+    if model.lora is not None and os.path.isabs(model.lora.source):
+        found[f"{key}.lora.source"] = _folder(model.lora.source)
+    return found
+
+
+def _folder(place: str, *, code: bool = False) -> dict[str, str]:
+    return {"folder": os.path.basename(place), "sha256": digest_of_model(place, code=code)}
+
+
+def _step_identity(step: StepSettings) -> dict[str, Any]:
+    """A step, without what is said of its model elsewhere, and without how it is run."""
+    hidden = {"generate": {"model", "pool"}} if step.generate is not None else None
+    return step.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=hidden)
 
 
 def steps_of(identity: Mapping[str, Any]) -> tuple[StepSettings, ...]:

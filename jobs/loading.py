@@ -271,9 +271,18 @@ def _with_absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
 
     change("input", "path", data)
     change("output", "path", data)
-    change("model", "source", model)
-    change("model", "tokenizer", model)
-    adapter = (values.get("model") or {}).get("lora") if isinstance(values.get("model"), dict) else None
-    if isinstance(adapter, dict) and "source" in adapter:
-        adapter["source"] = model(adapter["source"])
+    for section in (values, *_generate_steps(values)):
+        found = section.get("model")
+        for place in (found, found.get("lora")) if isinstance(found, dict) else ():
+            for key in ("source", "tokenizer"):
+                if isinstance(place, dict) and key in place:
+                    place[key] = model(place[key])
     return values
+
+
+def _generate_steps(values: dict[str, Any]) -> list[dict[str, Any]]:
+    steps = values.get("steps")
+    found = (
+        [step.get("generate") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    )
+    return [step for step in found if isinstance(step, dict)]

@@ -12,8 +12,8 @@ def check_job(spec: JobSpec) -> None:
     """Raise SpecError, one line for each thing that is not allowed, or for a policy that cannot be read."""
     policy = read_policy()
     _refuse(
-        model_problems(policy, spec.model)
-        + pool_problems(policy, spec.model, spec.pool)
+        [problem for model in spec.models.values() for problem in model_problems(policy, model)]
+        + [problem for one in spec.pools for problem in pool_problems(policy, one.model, one.pool)]
         + output_problems(policy, spec.output.path, spec.output.storage_options)
     )
 

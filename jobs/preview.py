@@ -15,16 +15,16 @@ from jobs.cutting import cut_lazily
 from jobs.loading import LoadedJob
 from jobs.proposal import input_schema, work_of
 from jobs.spec import needed_columns
+from pipelines.advance import Advance, Reading
 from pipelines.answering import Answering, Started
 from pipelines.contracts import Shard, Work
-from pipelines.detokenize import Detokenizer
 from pipelines.engine import open_engine
 from pipelines.errors import InputError
+from pipelines.generations import Generation, pools_of
 from pipelines.listing import list_files
 from pipelines.prepare import Prepare
-from pipelines.result import build_result
 from pipelines.stage import Parcel
-from pipelines.steps import Steps
+from pipelines.steps import settled
 from pipelines.tokenizer import load_tokenizer
 
 
@@ -53,9 +53,7 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
             }
         )
     if generate:
-        answered = asyncio.run(_answer(parcel, work))
-        result = build_result(answered, work, Detokenizer(tokenizer, work.sampling))
-        result, _ = Steps(work.steps, work.user_modules).run(result)
+        result = asyncio.run(_answered(parcel, work))
         shown = ("generated_text", "finish_reason", "error_code", "error_message")
         added = [name for step in work.steps for name in step.adds.names]
         answers: dict[str, list[dict[str, Any]]] = {row["row_id"]: [] for row in seen}
@@ -83,15 +81,28 @@ def _first_rows(prepare: Prepare, shards: Iterable[Shard], rows: int) -> Parcel:
     )
 
 
-async def _answer(parcel: Parcel, work: Work) -> Parcel:
-    engine = open_engine(work.model, work.sampling, work.pool)
-    try:
-        started = Started.of(engine, await engine.start(), work)
-        answering = Answering(parcel, work, started, itertools.count(), priority=0)
-        await answering.run(answering.answerable)
-        return answering.parcel(attempt=1, engine_deaths=0)
-    finally:
-        await engine.stop()
+async def _answered(parcel: Parcel, work: Work) -> pa.Table:
+    """The records that the job would write of the parcel: all generations, one model after the other."""
+    generation: Generation | None = None
+    for pool in pools_of(work):
+        first = pool[0].work
+        engine = open_engine(first.model, first.sampling, first.pool)
+        try:
+            started = Started.of(engine, await engine.start(), first)
+            for following in pool:
+                if generation is not None:
+                    parcel = Advance(generation, following)(parcel)
+                generation = following
+                serving = started if following is pool[0] else started.serving(following.work)
+                answering = Answering(parcel, following.work, serving, itertools.count(), priority=0)
+                await answering.run(answering.answerable)
+                parcel = answering.parcel(attempt=1, engine_deaths=0)
+        finally:
+            await engine.stop()
+    assert generation is not None
+    reading = Reading(generation)
+    records, _ = reading.steps.run(reading.records(parcel)[0])
+    return settled(records)
 
 
 def render(seen: list[dict[str, Any]]) -> RenderableType:

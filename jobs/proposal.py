@@ -27,7 +27,6 @@ from pipelines.errors import InputError, OutputError, OutputLocked
 from pipelines.listing import list_files
 from pipelines.model_folder import check_model
 from pipelines.schema import conform_all, infer_schema
-from pipelines.step_settings import step_names
 from pipelines.storage import Storage
 
 
@@ -53,6 +52,11 @@ class Proposal:
         return engines_of(self.job.spec, hardware_here(self.job.spec))
 
     @cached_property
+    def other_engines(self) -> tuple[Engines, ...]:
+        """Those of the models that `generate` steps name, in the order of their first use."""
+        return tuple(engines_of(one, hardware_here(one)) for one in self.job.spec.pools[1:])
+
+    @cached_property
     def summary(self) -> dict[str, Any]:
         """Shards, rows, bytes and files, as JSON values."""
         return {
@@ -63,13 +67,14 @@ class Proposal:
             "committed_shards": len(self.committed),
             "finished": self.storage.exists(SUCCESS),
             "engine": self.engines.to_dict(),
+            "other_engines": [engines.to_dict() for engines in self.other_engines],
             "steps": [
                 {
                     "name": name,
                     "kind": step.kind,
                     "adds": {column.name: str(column.type) for column in step.adds},
                 }
-                for step, name in zip(self.job.spec.steps, step_names(self.job.spec.steps), strict=True)
+                for name, step in self.job.spec.named_steps.items()
             ],
         }
 
@@ -113,6 +118,9 @@ class Proposal:
             lines.append(f"        {found['superseded_shards']:,} superseded by changed files")
         for head, line in zip(chain(["engine"], repeat("      ")), self.engines.lines(), strict=False):
             lines.append(f"{head}  {line}")
+        for engines in self.other_engines:
+            for head, line in zip(chain(["then  "], repeat("      ")), engines.lines(), strict=False):
+                lines.append(f"{head}  {line}")
         if found["steps"]:
             lines.append(f"steps   {escape(' → '.join(['answers', *map(_step_words, found['steps'])]))}")
         if found["finished"] and found["committed_shards"] == found["shards"]:
@@ -133,7 +141,8 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
     BadInput for whatever is wrong with model, function, input, columns or output.
     """
     storage = Storage(job.spec.output.path, job.spec.output.storage_options)
-    check_model(job.spec.model)  # before a hub or a store is asked for it
+    for model in job.spec.models.values():  # before a hub or a store is asked for it
+        check_model(model)
     job = pinned(job, read_spec(storage))
     spec = job.spec
     covered = checked_identity(job)
@@ -160,7 +169,8 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
 
 def checked_identity(job: LoadedJob) -> dict[str, Any]:
     """What the fingerprint of a job covers. Raises BadInput for a model or a prompt function that is not there."""
-    check_model(job.spec.model)
+    for model in job.spec.models.values():
+        check_model(model)
     for key, function in job.spec.functions.items():
         load_function(function, own_folders(), key)
     return identity(job, own_folders())

@@ -148,9 +148,10 @@ def figures(report: Report) -> dict[str, str]:
 
 
 def step_counts(counts: dict[str, int]) -> str:
-    """`1,200 records: 1,150 out, 48 dropped, 2 failed`; without what is 0."""
+    """`1,200 records: 1,150 out, 48 dropped, 2 failed`; without what is 0. A generation's with its output tokens."""
     ends = [f"{counts[end]:,} {end}" for end in ("out", "dropped", "failed") if counts[end] or end == "out"]
-    return f"{counts['in']:,} records: {', '.join(ends)}"
+    tokens = f"; {counts['completion_tokens']:,} output tokens" if "completion_tokens" in counts else ""
+    return f"{counts['in']:,} records: {', '.join(ends)}{tokens}"
 
 
 def start_seconds(report: Report) -> str:

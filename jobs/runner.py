@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from jobs.books import (
     SUCCESS,
@@ -41,6 +41,7 @@ from pipelines.errors import (
     JobIncomplete,
     LimitReached,
 )
+from pipelines.generations import with_pools
 from pipelines.metrics import tell_shards
 from pipelines.part import Footer
 from pipelines.run import EngineResources, Outcome, stream
@@ -182,14 +183,21 @@ class Driver:
         """Stream what is pending until nothing is."""
         self._tell("starting")
         with connected(self.job.spec.cluster):
-            pool, resources = settle(self.job.spec)
-            in_flight = self.work.pool.shards_in_flight  # a retry has its own
-            self.work = replace(self.work, pool=pool.model_copy(update={"shards_in_flight": in_flight}))
-            self._check_limits(resources)
+            reserved = settle(self.job.spec)
+            in_flight = {"shards_in_flight": self.work.pool.shards_in_flight}  # a retry has its own
+            first, *others = [one.pool for one in reserved]
+            self.work = with_pools(self.work, [first.model_copy(update=in_flight), *others])
+            resources = [one.each for one in reserved]
+            # As if all pools were one engine: those of several are of a fixed size (`JobSpec`).
+            alone = reserved[0] if len(reserved) == 1 else None
+            gpus = alone.each.num_gpus if alone else sum(one.gpus for one in reserved)
+            self._check_limits(gpus)
             pass_ = 0
             while pending:
                 self.meter.begin(
-                    gpus_per_engine=resources.num_gpus, least=pool.least_engines, most=pool.most_engines
+                    gpus_per_engine=gpus,
+                    least=alone.pool.least_engines if alone else 1,
+                    most=alone.pool.most_engines if alone else 1,
                 )
                 try:
                     self._pass(pending, resources, pass_)
@@ -197,12 +205,12 @@ class Driver:
                     self.meter.end()
                 pending, pass_ = self._pending(), pass_ + 1
 
-    def _check_limits(self, resources: EngineResources) -> None:
+    def _check_limits(self, gpus_per_engine: float) -> None:
         """Raise LimitReached where the output's earlier runs, or the clock, leave this one nothing."""
         if self.limits.count_earlier:
             parts = fold(self.storage, self.plan).parts
             self.limits.add_earlier(
-                parts, read_runs(self.storage), self.work.run_id, gpus_per_engine=resources.num_gpus
+                parts, read_runs(self.storage), self.work.run_id, gpus_per_engine=gpus_per_engine
             )
         reached = self.limits.reached(0, 0.0)
         if reached is not None:
@@ -237,7 +245,7 @@ class Driver:
 
     # ── one pass ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _pass(self, pending: list[Shard], resources: EngineResources, pass_: int) -> None:
+    def _pass(self, pending: list[Shard], resources: list[EngineResources], pass_: int) -> None:
         """Stream the pending shards once. Raises what ends the run, after the shards in flight had their time."""
         import ray.exceptions
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from typing import Annotated
 
@@ -19,6 +20,8 @@ from pipelines.contracts import LOGPROBS_FIELD, RESULT_FIELDS, result_schema
 from pipelines.engine_args import check_engine_args
 from pipelines.errors import ModelError, SpecError
 from pipelines.filter import compile_filter
+from pipelines.prompt_columns import prompt_columns as columns_of_prompt
+from pipelines.prompt_columns import prompt_type_problems, templates
 from pipelines.schema import wanted_columns
 from pipelines.settings import (
     ErrorSettings,
@@ -33,8 +36,8 @@ from pipelines.settings import (
     ShardSettings,
 )
 from pipelines.step_checks import check_steps
-from pipelines.step_settings import StepSettings, step_names
-from pipelines.template import GLOBALS, Template
+from pipelines.step_settings import GenerateStep, StepSettings, step_names
+from pipelines.template import Template
 
 _ADDRESS = re.compile(r"local|auto|(ray://)?[\w.-]+:\d{1,5}|(ray://)?\[[0-9a-fA-F:.]+\]:\d{1,5}")
 
@@ -119,7 +122,9 @@ class JobSpec(Settings):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> JobSpec:
-        problems = _place_problems(self) + _source_problems(self) + _engine_problems(self)
+        problems = (
+            _place_problems(self) + _source_problems(self) + _engine_problems(self) + _pool_problems(self)
+        )
         problems = problems or _column_problems(self)  # which compiles templates and the filter
         if problems:
             raise ValueError("\n".join(problems))
@@ -129,12 +134,39 @@ class JobSpec(Settings):
     def functions(self) -> dict[str, str]:
         """The user's functions, `package.module:name`, by their key in the job file."""
         found = {"prompt.function": self.prompt.function}
-        found |= {
-            f"steps.{name}.function": step.map.function
-            for step, name in zip(self.steps, step_names(self.steps), strict=True)
-            if step.map is not None
-        }
+        for name, step in self.named_steps.items():
+            if step.map is not None:
+                found[f"steps.{name}.function"] = step.map.function
+            if step.generate is not None:
+                found[f"steps.{name}.prompt.function"] = step.generate.prompt.function
         return {key: function for key, function in found.items() if function is not None}
+
+    @property
+    def named_steps(self) -> dict[str, StepSettings]:
+        """The steps by their names in statistics and messages."""
+        return dict(zip(step_names(self.steps), self.steps, strict=True))
+
+    @property
+    def generate_steps(self) -> dict[str, GenerateStep]:
+        """The generations after the job's own, by the key under which they stand in messages: `steps.NAME`."""
+        return {f"steps.{name}": step.generate for name, step in self.named_steps.items() if step.generate}
+
+    @property
+    def models(self) -> dict[str, ModelSettings]:
+        """Every model of the job, by its key in messages; the job's own, `model`, first."""
+        steps = {f"{key}.model": step.model for key, step in self.generate_steps.items() if step.model}
+        return {"model": self.model, **steps}
+
+    @property
+    def pools(self) -> tuple[JobSpec, ...]:
+        """For each pool of engines, in the order in which shards pass through them, the job with its model and pool."""
+        found = [self]
+        for step in self.generate_steps.values():
+            model, pool = step.model or self.model, step.pool or self.pool
+            if (found[-1].model, found[-1].pool) != (model, pool):
+                update = {"model": model, "pool": pool, "sampling": step.sampling}
+                found.append(self.model_copy(update=update))
+        return tuple(found)
 
     @property
     def result_columns(self) -> tuple[str, ...]:
@@ -252,7 +284,10 @@ def _collisions(spec: JobSpec, carried: list[str]) -> list[str]:
 def _source_problems(spec: JobSpec) -> list[str]:
     """Templates and filters that do not compile."""
     problems = []
-    for key, source in _templates(spec):
+    sources = templates(spec.prompt)
+    for key, generate in spec.generate_steps.items():
+        sources += templates(generate.prompt, f"{key}.prompt")
+    for key, source in sources:
         try:
             Template(source, key)
         except SpecError as error:
@@ -262,67 +297,56 @@ def _source_problems(spec: JobSpec) -> list[str]:
             compile_filter(spec.input.filter)
         except SpecError as error:
             problems.append(str(error))
-    for step, name in zip(spec.steps, step_names(spec.steps), strict=True):
+    for name, step in spec.named_steps.items():
         if step.filter is not None:
             try:
                 compile_filter(step.filter.where, f"steps.{name}.where")
             except SpecError as error:
                 problems.append(str(error))
-    gpus, packed = spec.model.gpus_per_engine, spec.pool.engines_per_gpu
-    if packed not in ("auto", 1) and gpus > 1:
-        problems.append(
-            f"pool.engines_per_gpu: {packed} engines on one GPU, but one engine takes {gpus} GPUs"
-        )
     return problems
 
 
 def _engine_problems(spec: JobSpec) -> list[str]:
     problems = []
-    for name, value in spec.model.engine.items():
-        try:
-            check_engine_args({name: value})
-        except ModelError as error:
-            problems.append(str(error))
+    for key, model in spec.models.items():
+        for name, value in model.engine.items():
+            try:
+                check_engine_args({name: value})
+            except ModelError as error:
+                problems.append(str(error) if key == "model" else f"{key}: {error}")
+        if key != "model" and not (os.path.isabs(model.source) or model.revision):
+            problems.append(
+                f"{key}.revision: give the commit of {model.source!r}; only the job's own model is pinned by itself"
+            )
     return problems
 
 
-def _templates(spec: JobSpec) -> list[tuple[str, str]]:
-    given = {"prompt.template": spec.prompt.template, "prompt.system": spec.prompt.system}
-    return [(key, source) for key, source in given.items() if source is not None]
+def _pool_problems(spec: JobSpec) -> list[str]:
+    problems = []
+    for one in spec.pools:
+        gpus, packed = one.model.gpus_per_engine, one.pool.engines_per_gpu
+        if packed not in ("auto", 1) and gpus > 1:
+            problems.append(
+                f"pool.engines_per_gpu: {packed} engines on one GPU, but one engine takes {gpus} GPUs"
+            )
+        if len(spec.pools) > 1 and not isinstance(one.pool.replicas, int):
+            problems.append(
+                f"pool.replicas: a job with several models needs a number for each pool, not {one.pool.replicas!r}"
+            )
+    return problems
 
 
 def _prompt_columns(spec: JobSpec) -> list[tuple[str, str]]:
-    """(key, column) for each column that the prompt and its sampling cannot do without."""
-    found = []
-    for key, source in _templates(spec):
-        template = Template(source, key)
-        needed = template.columns - template.optional - GLOBALS - {"row_id"}
-        found += [(key, name) for name in sorted(needed)]
-    columns = {
-        "prompt.messages_column": spec.prompt.messages_column,
-        "prompt.prompt_column": spec.prompt.prompt_column,
-        "sampling.max_tokens_column": spec.sampling.max_tokens_column,
-    }
-    return found + [(key, name) for key, name in columns.items() if name is not None]
+    return columns_of_prompt(spec.prompt, spec.sampling)
 
 
 def _type_problems(spec: JobSpec, schema: pa.Schema) -> list[str]:
-    problems = []
-    name = spec.prompt.prompt_column
-    if name in schema.names and not _is_text(schema.field(name).type):
-        problems.append(f"prompt.prompt_column: {name!r} holds {schema.field(name).type} values, not text")
+    problems = prompt_type_problems(spec.prompt, schema)
     name = spec.sampling.max_tokens_column
     if name in schema.names and not _is_whole(schema.field(name).type):
         problems.append(
             f"sampling.max_tokens_column: {name!r} holds {schema.field(name).type} values, not whole numbers"
         )
-    name = spec.prompt.messages_column
-    if name in schema.names:
-        type_ = schema.field(name).type
-        if not _is_text(type_) and not (_is_list(type_) and pa.types.is_struct(type_.value_type)):
-            problems.append(
-                f"prompt.messages_column: {name!r} holds {type_} values, not a list of role and content or JSON text"
-            )
     return problems
 
 
@@ -333,18 +357,5 @@ def _unknown_column(name: str, known: list[str]) -> str:
     return f"unknown column {name!r}; there are: {', '.join(known[:12])}{', …' if len(known) > 12 else ''}"
 
 
-def _is_text(type_: pa.DataType) -> bool:
-    if pa.types.is_dictionary(type_):
-        type_ = type_.value_type
-    is_string = pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
-    return bool(is_string or pa.types.is_null(type_))
-
-
 def _is_whole(type_: pa.DataType) -> bool:
     return bool(pa.types.is_integer(type_) or pa.types.is_null(type_))
-
-
-def _is_list(type_: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
-    )

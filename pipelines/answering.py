@@ -11,7 +11,7 @@ import socket
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from pipelines.engine import Answer, Engine, EngineInfo
 from pipelines.errors import EngineDied, RowError
 from pipelines.histogram import Histogram
 from pipelines.lengths import HELD, LITTLE, Lengths, Rows
+from pipelines.settings import SamplingSettings
 from pipelines.stage import Parcel
 
 
@@ -35,11 +36,18 @@ class Started:
     info: EngineInfo
     gate: Gate
     lengths: Lengths
+    sampling: SamplingSettings | None = None
+    """Of a generation that shares the engine; None: the engine's own."""
 
     @classmethod
     def of(cls, engine: Engine, info: EngineInfo, work: Work) -> Started:
         gate = gate_of(work.pool.admission, engine, info)
         return cls(engine, info, gate, Lengths(work.sampling, info.max_model_len))
+
+    def serving(self, work: Work) -> Started:
+        """The same engine for another generation of the job, whose answers have lengths of their own."""
+        lengths = Lengths(work.sampling, self.info.max_model_len)
+        return replace(self, sampling=work.sampling, lengths=lengths)
 
 
 class Answering:
@@ -102,6 +110,9 @@ class Answering:
         answers = [result for result in self._results if isinstance(result, Answer)]
         first = self._first_admitted or ended
         info = self.started.info
+        before = self._parcel.notes  # of the generations that the shard has behind it
+        latency = Histogram.of(self._latencies) + Histogram.from_dict(before.get("latency_s", {}))
+        ttft = Histogram.of(a.ttft_s for a in answers if a.ttft_s is not None)
         return Parcel(
             shard=self._parcel.shard,
             rows=self._parcel.rows,
@@ -111,11 +122,11 @@ class Answering:
         ).noting(
             attempt=attempt,
             engine_deaths=engine_deaths,
-            queue_s=max(0.0, first - self._began),
-            generate_s=ended - first,
-            latency_s=Histogram.of(self._latencies).to_dict(),
-            ttft_s=Histogram.of(a.ttft_s for a in answers if a.ttft_s is not None).to_dict(),
-            preemptions=sum(a.preemptions for a in answers),
+            queue_s=max(0.0, first - self._began) + before.get("queue_s", 0.0),
+            generate_s=ended - first + before.get("generate_s", 0.0),
+            latency_s=latency.to_dict(),
+            ttft_s=(ttft + Histogram.from_dict(before.get("ttft_s", {}))).to_dict(),
+            preemptions=sum(a.preemptions for a in answers) + before.get("preemptions", 0),
             replica=replica_name(),
             engine=info.name,
             device=info.device,
@@ -142,7 +153,11 @@ class Answering:
         try:
             async with asyncio.timeout(limit):
                 answer = await engine.generate(
-                    f"{self._work.run_id}-{next(self._numbers)}", token_ids, seed, self._max_tokens[row]
+                    f"{self._work.run_id}-{next(self._numbers)}",
+                    token_ids,
+                    seed,
+                    self._max_tokens[row],
+                    self.started.sampling,
                 )
         except TimeoutError:
             if engine.last_token_at < began:

@@ -27,7 +27,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal
 
 from pipelines.errors import EngineBroken, TransientStorageError, WorkerDied
 from pipelines.storage import Storage
@@ -37,9 +36,10 @@ FOLDER = ".dray/attempts"
 GROUP_ROWS = 32
 #: Workers that may die one after the other before they have finished a single group: then the engine is at fault.
 BROKEN_AFTER = 24
-_RECORD = re.compile(r"(?P<stage>[a-z]+)-(?P<number>\d{6})(?P<died>\.died)?\.json")
+_RECORD = re.compile(r"(?P<stage>[a-z]+(-\d{1,2})?)-(?P<number>\d{6})(?P<died>\.died)?\.json")
 
-Stage = Literal["prepare", "start", "generate", "commit"]
+#: `prepare`, `start`, `generate`, `between` or `commit`; with a number, `generate-1`, where a job has several pools.
+Stage = str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +165,14 @@ class Attempts:
         """Record the first attempt of all at a shard; None when there was one before: see `history`."""
         first = self._attempt(1, pass_, None)
         return first if self._create(shard_id, first) else None
+
+    def begin_whole(self, shard_id: str, pass_: int, *, name: str, most: int) -> None:
+        """Record an attempt at a whole shard, by its `name` in messages. Raises WorkerDied after `most` that ended their
+        process."""
+        if not self.begin(shard_id, pass_):
+            history = self.history(shard_id, pass_)
+            history.check(self._stage, name, most=most)
+            self.another(shard_id, pass_, history.latest)
 
     def history(self, shard_id: str, pass_: int) -> History:
         """What was tried before, from a fresh listing."""

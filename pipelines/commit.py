@@ -17,26 +17,26 @@ from functools import cached_property
 import pyarrow as pa
 
 from pipelines import __version__
+from pipelines.advance import Reading
 from pipelines.attempts import Attempts
 from pipelines.code import check_code
 from pipelines.contracts import FORMAT_VERSION, START_PARTS, Provenance, Work
 from pipelines.counting import count
-from pipelines.detokenize import Detokenizer
 from pipelines.errors import ShardError
+from pipelines.generations import generations_of
 from pipelines.merge import merge
 from pipelines.metrics import tell_committed
 from pipelines.orphans import end_with_parent
 from pipelines.part import Footer, build_part, read_part
 from pipelines.policy import check_model_allowed
-from pipelines.result import build_result
 from pipelines.stage import Failure, Parcel
-from pipelines.steps import Steps
+from pipelines.steps import settled
 from pipelines.storage import Storage
-from pipelines.tokenizer import do_without_torch, load_tokenizer
+from pipelines.tokenizer import do_without_torch
 
 
 class Commit:
-    """The last stage of the Ray graph: generations in, the job's steps over them, a part file and its footer out."""
+    """The last stage of the Ray graph: the last generation in, its steps over it, a part file and its footer out."""
 
     def __init__(self, work: Work, *, own_process: bool = False) -> None:
         """`own_process`: nothing else runs in this process, least of all an engine."""
@@ -48,19 +48,15 @@ class Commit:
         self.attempts = Attempts(self.storage, "commit", work.run_id)
         # 3.5 s of CPU: now, while the engine starts, and not when the first shard comes.
         with contextlib.suppress(Exception):
-            _ = self.detokenizer
+            _ = self.reading.detokenizer
 
     @cached_property
-    def detokenizer(self) -> Detokenizer:
+    def reading(self) -> Reading:
         """Made with the actor; what is wrong with it meets the first shard again and is that shard's failure."""
         check_code(self.work.code_digest, self.work.code_path)
-        check_model_allowed(self.work.model)  # by this machine's own policy
-        return Detokenizer(load_tokenizer(self.work.model), self.work.sampling)
-
-    @cached_property
-    def steps(self) -> Steps:
-        """As `detokenizer`."""
-        return Steps(self.work.steps, self.work.user_modules)
+        last = generations_of(self.work)[-1]
+        check_model_allowed(last.work.model)  # by this machine's own policy
+        return Reading(last)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """One row: the shard's id, and its footer or its failure, as JSON."""
@@ -85,11 +81,14 @@ class Commit:
         began = time.monotonic()
         if parcel.notes.get("committed"):
             return read_part(self.storage, parcel.shard.part_name).footer
-        answers = build_result(parcel, self.work, self.detokenizer)
+        answers, parcel = self.reading.records(parcel)
         if self.work.retry is not None:
-            return merge(self.storage, parcel, answers, self.steps, self.work, self._provenance(parcel))
-        rows, steps = self.steps.run(answers)
-        stats = count(parcel, answers, rows, steps)
+            return merge(
+                self.storage, parcel, answers, self.reading.steps, self.work, self._provenance(parcel)
+            )
+        records, counts = self.reading.steps.run(answers)
+        rows = settled(records)
+        stats = count(parcel, records, rows, counts)
         if not stats.balanced:
             raise ShardError(f"the books of shard {parcel.shard.id} do not balance: {stats}")
         footer = Footer(
@@ -107,11 +106,12 @@ class Commit:
 
     def _begin(self, parcel: Parcel) -> None:
         """Record the attempt. Raises WorkerDied for a shard that has ended this process too often."""
-        key, pass_ = self.work.attempts_key(parcel.shard), parcel.notes["pass"]
-        if not self.attempts.begin(key, pass_):
-            history = self.attempts.history(key, pass_)
-            history.check("commit", parcel.shard.part_name, most=self.work.errors.max_attempts)
-            self.attempts.another(key, pass_, history.latest)
+        self.attempts.begin_whole(
+            self.work.attempts_key(parcel.shard),
+            parcel.notes["pass"],
+            name=parcel.shard.part_name,
+            most=self.work.errors.max_attempts,
+        )
 
     def _provenance(self, parcel: Parcel) -> Provenance:
         return Provenance(

@@ -234,6 +234,10 @@ def unpack(data: bytes | pa.Buffer) -> pa.Table:
 # ── What is counted ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
+#: For each step by name the records `in`, `out`, `dropped` and `failed`; of a `generate` step its tokens as well.
+Counts = dict[str, dict[str, int]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardStats:
     """The statistics of one shard, and by addition of any set of shards.
@@ -267,8 +271,8 @@ class ShardStats:
     """Engines that died under the shard before it was answered; one death counts for each shard that it met."""
     error_codes: dict[str, int] = field(default_factory=dict)
     finish_reasons: dict[str, int] = field(default_factory=dict)
-    steps: dict[str, dict[str, int]] = field(default_factory=dict)
-    """For each step by name the records `in`, `out`, `dropped` and `failed`, those of retries as well."""
+    steps: Counts = field(default_factory=dict)
+    """Those of retries as well."""
     latency_s: Histogram = field(default_factory=Histogram)
     """Seconds from admission to the answer, per request."""
     ttft_s: Histogram = field(default_factory=Histogram)

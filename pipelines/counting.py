@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.contracts import ShardStats
+from pipelines.contracts import Counts, ShardStats
 from pipelines.histogram import Histogram
 from pipelines.stage import Parcel
 
@@ -47,20 +48,35 @@ def tally(rows: pa.Table) -> ShardStats:
     )
 
 
-def count(parcel: Parcel, answers: pa.Table, rows: pa.Table, steps: dict[str, dict[str, int]]) -> ShardStats:
-    """The statistics of a parcel: of the `rows` that will be written and of the `answers` that they were made of by the
-    `steps`, which are given by their counts; not from what stages claimed."""
-    notes = parcel.notes
-    answered = tally(answers)
-    written = answered if rows is answers else tally(rows)
+def spent(records: pa.Table, steps: Counts) -> dict[str, Any]:
+    """`SPENT`: on the records' own answers, and on what `generate` steps asked about them, whatever became of them."""
+    answered = records.filter(pc.is_valid(records["completion_tokens"]))
+    first = answered.filter(pc.equal(answered["sample_index"], 0))
+
+    def total(table: pa.Table, name: str) -> int:
+        return (pc.sum(table[name]).as_py() or 0) + sum(step.get(name, 0) for step in steps.values())
+
+    return {
+        "prompt_tokens": total(first, "prompt_tokens"),
+        "completion_tokens": total(answered, "completion_tokens"),
+        "cached_tokens": total(first, "cached_tokens"),
+        "finish_reasons": dict(Counter(answered["finish_reason"].to_pylist())),
+    }
+
+
+def count(parcel: Parcel, records: pa.Table, rows: pa.Table, steps: Counts) -> ShardStats:
+    """The statistics of a parcel: of the `rows` that will be written and of all the `records` that they were taken from,
+    and of the `steps` since the last generation; not from what stages claimed."""
+    notes, written = parcel.notes, tally(rows)
+    every = {**notes.get("steps", {}), **steps}
     return replace(
         written,
-        **{name: getattr(answered, name) for name in SPENT},
-        rows_dropped=answered.rows_in - written.rows_in,
-        steps=steps,
+        **spent(records, every),
+        rows_dropped=pc.count_distinct(records["row_id"]).as_py() - written.rows_in,
+        steps=every,
         rows_read=notes["rows_read"],
         rows_filtered=notes["rows_filtered"],
-        rows_in=len(parcel.prompts or ()),
+        rows_in=notes["rows_in"],
         prepare_s=notes["prepare_s"],
         queue_s=notes["queue_s"],
         generate_s=notes["generate_s"],

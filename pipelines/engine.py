@@ -95,15 +95,22 @@ class Answer:
 
 
 class Engine(Protocol):
-    """One engine. All requests share the job's sampling settings and one event loop, which need not be `start`'s."""
+    """One engine. All requests share one event loop, which need not be `start`'s."""
 
     async def start(self) -> EngineInfo:
         """Load the model. Raises EngineStartError."""
 
     async def generate(
-        self, request_id: str, token_ids: TokenIds, seed: int | None, max_tokens: int | None = None
+        self,
+        request_id: str,
+        token_ids: TokenIds,
+        seed: int | None,
+        max_tokens: int | None = None,
+        sampling: SamplingSettings | None = None,
     ) -> Answer:
-        """Answer one prompt. Cancelling the call aborts the request inside the engine. `max_tokens`: if not the job's.
+        """Answer one prompt. Cancelling the call aborts the request inside the engine.
+
+        `max_tokens` and `sampling`: if not those that the engine was opened with.
 
         Raises RowError when the engine refuses this request, EngineDied when the engine is gone.
         """

@@ -1,5 +1,7 @@
 """The engine's actor: shards in, shards with generations out; one engine, several shards in flight.
 
+A shard stays while the generations that follow are this engine's too (`pipelines.generations`).
+
     a shard's first attempt                       beside the other shards
     after a death of the engine under it          alone
     after `errors.max_attempts` deaths            alone, in groups of 32 rows, then one by one: see `pipelines.attempts`
@@ -25,12 +27,14 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 
+from pipelines.advance import Advance
 from pipelines.answering import Answering, Started, replica_name
 from pipelines.attempts import Attempt, Attempts, History, clear_attempts
 from pipelines.code import check_code
 from pipelines.contracts import Work
 from pipelines.engine import open_engine
 from pipelines.errors import EngineDied, EngineStartError, RowError, Stopped
+from pipelines.generations import Generation, pools_of
 from pipelines.merge import is_committed
 from pipelines.metrics import INTERVAL_S, EngineMetrics
 from pipelines.orphans import end_with_parent, end_with_this_process
@@ -57,9 +61,14 @@ class Generate:
     first shard's reading; whoever comes first waits for it, and gets the error if it does not start.
     """
 
-    def __init__(self, work: Work, stop: StopFlag | None = None, *, own_process: bool = False) -> None:
-        """`own_process`: nothing else runs in this process, and what it starts may be killed with it."""
-        self.work = work
+    def __init__(
+        self, work: Work, stop: StopFlag | None = None, pool: int = 0, *, own_process: bool = False
+    ) -> None:
+        """`pool`: which of `pools_of(work)`. `own_process`: nothing else runs in this process, and what it starts may be
+        killed with it."""
+        self._generations = pools_of(work)[pool]
+        self._advances = [Advance(*pair) for pair in itertools.pairwise(self._generations)]
+        self.work = work = self._generations[0].work
         if own_process:
             end_with_parent()
         if work.model.backend == "simulated":
@@ -67,9 +76,11 @@ class Generate:
         elif own_process:
             end_with_this_process()
         self.storage = Storage(work.output.path, work.output.storage_options)
-        self.attempts = Attempts(self.storage, "generate", work.run_id)
+        self.attempts = Attempts(self.storage, f"generate-{pool}" if pool else "generate", work.run_id)
         self._stop = stop
         self._stopping = False
+        self._serving: dict[int, Started] = {}
+        """The engine as each generation but the first sees it, by its index."""
         self._turns = Turns()
         self._arrivals = itertools.count()
         self._request_numbers = itertools.count()
@@ -110,14 +121,14 @@ class Generate:
 
     async def _shard(self, parcel: Parcel) -> Parcel:
         """Every row answered or failed, however often it takes a new engine. Raises what is not one row's fault."""
-        started = await self._started()
-        answering = Answering(parcel, self.work, started, self._request_numbers, next(self._arrivals))
+        await self._started()
+        arrival = next(self._arrivals)
         shard, pass_ = self.work.attempts_key(parcel.shard), parcel.notes["pass"]
         async with self._turns.shared():
             await self._unless_ending()
             first = await asyncio.to_thread(self.attempts.begin, shard, pass_)
             if first is not None:
-                return await self._whole(parcel, answering, first, deaths=0)
+                return await self._whole(parcel, arrival, first, deaths=0)
         history = await asyncio.to_thread(self.attempts.history, shard, pass_)
         most = self.work.errors.max_attempts
         history.check("generate", parcel.shard.part_name, most=2 * most)
@@ -128,32 +139,53 @@ class Generate:
         async with self._turns.alone() if deaths else self._turns.shared():
             await self._unless_ending()
             if deaths >= most:
-                return await self._in_groups(parcel, answering, history)
+                return await self._in_groups(parcel, arrival, history)
             attempt = await asyncio.to_thread(self.attempts.another, shard, pass_, history.latest)
-            return await self._whole(parcel, answering, attempt, deaths)
+            return await self._whole(parcel, arrival, attempt, deaths)
 
-    async def _whole(self, parcel: Parcel, answering: Answering, attempt: Attempt, deaths: int) -> Parcel:
-        async with self._holding(self.work.attempts_key(parcel.shard), attempt):
-            await answering.run(answering.answerable)
-        return await asyncio.to_thread(answering.parcel, attempt=attempt.number, engine_deaths=deaths)
+    async def _whole(self, parcel: Parcel, arrival: int, attempt: Attempt, deaths: int) -> Parcel:
+        shard = self.work.attempts_key(parcel.shard)
+        deaths += parcel.notes.get("engine_deaths", 0)  # of the pools before
+        for generation in self._generations:
+            answering = await self._answering(parcel, generation, arrival)
+            async with self._holding(shard, attempt):
+                await answering.run(answering.answerable)
+            parcel = await asyncio.to_thread(answering.parcel, attempt=attempt.number, engine_deaths=deaths)
+        return parcel
 
-    async def _in_groups(self, parcel: Parcel, answering: Answering, history: History) -> Parcel:
+    async def _in_groups(self, parcel: Parcel, arrival: int, history: History) -> Parcel:
         """A suspect's rows, few at a time and written down before, so that a death tells whose it was."""
         shard, number = self.work.attempts_key(parcel.shard), history.latest
-        ids = answering.row_ids
-        for row in answering.answerable:
-            if ids[row] in history.condemned:
-                answering.fail(row, RowError("engine_crash", history.reason(ids[row])))
-        answerable = [ids[row] for row in answering.answerable]
-        for places in history.groups(answerable):
-            rows = [answering.answerable[place] for place in places]
-            attempt = await asyncio.to_thread(
-                self.attempts.another, shard, history.pass_, number, [ids[row] for row in rows]
-            )
-            number = attempt.number
-            async with self._holding(shard, attempt):
-                await answering.run(rows)
-        return await asyncio.to_thread(answering.parcel, attempt=number, engine_deaths=len(history.deaths))
+        deaths = len(history.deaths) + parcel.notes.get("engine_deaths", 0)
+        for generation in self._generations:
+            answering = await self._answering(parcel, generation, arrival)
+            ids = answering.row_ids
+            for row in answering.answerable:
+                if ids[row] in history.condemned:
+                    answering.fail(row, RowError("engine_crash", history.reason(ids[row])))
+            answerable = [ids[row] for row in answering.answerable]
+            for places in history.groups(answerable):
+                rows = [answering.answerable[place] for place in places]
+                attempt = await asyncio.to_thread(
+                    self.attempts.another, shard, history.pass_, number, [ids[row] for row in rows]
+                )
+                number = attempt.number
+                async with self._holding(shard, attempt):
+                    await answering.run(rows)
+            parcel = await asyncio.to_thread(answering.parcel, attempt=number, engine_deaths=deaths)
+        return parcel
+
+    async def _answering(self, parcel: Parcel, generation: Generation, arrival: int) -> Answering:
+        """The shard's requests of one generation; `parcel` comes from the generation before."""
+        started = await self._started()
+        first = self._generations[0]
+        if generation is not first:
+            advance = self._advances[generation.index - first.index - 1]
+            parcel = await asyncio.to_thread(advance, parcel)
+            if generation.index not in self._serving:
+                self._serving[generation.index] = started.serving(generation.work)
+            started = self._serving[generation.index]
+        return Answering(parcel, generation.work, started, self._request_numbers, arrival)
 
     @asynccontextmanager
     async def _holding(self, shard: str, attempt: Attempt) -> AsyncIterator[None]:

@@ -23,7 +23,7 @@ from pipelines.errors import PartDamaged, ShardError
 from pipelines.part import Footer, Part, Retried, build_part, part_of, raise_if_damaged, read_part, to_parquet
 from pipelines.place import places
 from pipelines.stage import Parcel
-from pipelines.steps import Steps, part_schema
+from pipelines.steps import Steps, part_schema, settled
 from pipelines.storage import Storage
 
 
@@ -69,11 +69,12 @@ def merge(
         if before.retry_by(work.run_id):
             return before
         again = _still_failed(standing.rows, answers)
-        new, counts = steps.run(again)
+        records, counts = steps.run(again)
+        new = settled(records)
         rows = _replaced(standing.rows, again, new, shard, part_schema(work))
         run_again = tally(again).rows_in
         retried = replace(
-            count(parcel, again, new, counts),
+            count(parcel, records, new, counts),
             rows_read=run_again,
             rows_filtered=0,
             rows_in=run_again,

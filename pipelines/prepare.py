@@ -83,6 +83,7 @@ class Prepare:
         ).noting(
             rows_read=rows.rows_read,
             rows_filtered=rows.rows_filtered,
+            rows_in=len(prompts),
             started_at=started_at,
             prepare_s=time.monotonic() - began,
         )

@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
 
 class PromptBuilder:
     """Builds the prompts of any number of tables. `folders` are the user's own, for `prompt.function`;
-    `sampling` says where a row's own `max_tokens` stands.
+    `sampling` says where a row's own `max_tokens` stands, `key` where the settings stand in the job file.
 
     Raises SpecError on construction: template syntax, a function that cannot be imported, a chat without a chat
     template.
@@ -52,6 +52,7 @@ class PromptBuilder:
         tokenizer: Tokenizer,
         folders: Sequence[str] = (),
         sampling: SamplingSettings | None = None,
+        key: str = "prompt",
     ) -> None:
         self.settings = settings
         self._sampling = sampling or SamplingSettings()
@@ -65,13 +66,13 @@ class PromptBuilder:
                 "messages_column": settings.messages_column,
                 "chat": settings.chat,
             }
-            for key, value in needs.items():
+            for name, value in needs.items():
                 if value:
                     raise SpecError(
-                        f"prompt.{key}: the model's tokenizer has no chat template; "
+                        f"{key}.{name}: the model's tokenizer has no chat template; "
                         f"choose an instruction-tuned model, or leave the key out"
                     )
-        self._conversations = Conversations(settings, folders)
+        self._conversations = Conversations(settings, folders, key)
 
     def build(self, table: pa.Table) -> pa.Table:
         """Prompts for all rows of `table`, in its order, as `contracts.PROMPT_SCHEMA`.
@@ -157,9 +158,9 @@ class Conversations:
     Raises SpecError on construction: template syntax, a function that cannot be imported.
     """
 
-    def __init__(self, settings: PromptSettings, folders: Sequence[str] = ()) -> None:
-        self._system = None if settings.system is None else Template(settings.system, "prompt.system")
-        self._source = _source(settings, folders)
+    def __init__(self, settings: PromptSettings, folders: Sequence[str] = (), key: str = "prompt") -> None:
+        self._system = None if settings.system is None else Template(settings.system, f"{key}.system")
+        self._source = _source(settings, folders, key)
 
     def __call__(self, table: pa.Table, *, chat: bool = True) -> Iterator[str | list[Message] | RowError]:
         """For each row its messages in OpenAI's shape, or its error; with `chat` False its text."""
@@ -188,9 +189,9 @@ _NO_CHAT = "the prompt function returned messages, but no chat template is appli
 Source = Callable[[pa.Table], Iterable[Turns | RowError]]
 
 
-def _source(settings: PromptSettings, folders: Sequence[str]) -> Source:
+def _source(settings: PromptSettings, folders: Sequence[str], key: str) -> Source:
     if settings.template is not None:
-        template = Template(settings.template, "prompt.template")
+        template = Template(settings.template, f"{key}.template")
         return lambda table: _rendered(template, table)
     if settings.messages_column is not None:
         messages_column = settings.messages_column
@@ -204,10 +205,10 @@ def _source(settings: PromptSettings, folders: Sequence[str]) -> Source:
             _value_or_error(value, prompt_column, _text) for value in column_values(table, prompt_column)
         )
     assert settings.function is not None  # PromptSettings has exactly one source
-    function = load_function(settings.function, folders)
+    function = load_function(settings.function, folders, f"{key}.function")
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         raise SpecError(
-            f"prompt.function: {settings.function} must be a plain function, not async or a generator"
+            f"{key}.function: {settings.function} must be a plain function, not async or a generator"
         )
     return lambda table: _called(function, table)
 

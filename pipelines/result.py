@@ -1,15 +1,65 @@
-"""A shard's result rows: its input's columns beside the answers."""
+"""A shard's records: its input's columns beside the answers, one column or more for each generation."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.contracts import Work, result_schema, unpack
+from pipelines.contracts import Counts, Work, result_schema, unpack
 from pipelines.detokenize import Detokenizer
+from pipelines.generations import Generation
 from pipelines.stage import Parcel
+from pipelines.steps import is_good
+
+
+def records_of(parcel: Parcel, generation: Generation, detokenizer: Detokenizer) -> tuple[pa.Table, Counts]:
+    """(the shard's records with the answers of this generation; the counts of a `generate` step)."""
+    if generation.step is None:
+        return build_result(parcel, generation.work, detokenizer), {}
+    records, counts = _with_answers(parcel, generation.step.column, detokenizer)
+    return records, {generation.name: counts}
+
+
+def _with_answers(parcel: Parcel, column: str, detokenizer: Detokenizer) -> tuple[pa.Table, dict[str, int]]:
+    """The records that the parcel has as rows, and behind their columns a later generation's.
+
+    Its prompts are those of the good records, in their order, with one answer each.
+    """
+    generations, prompts = parcel.generations, parcel.prompts
+    assert generations is not None
+    assert prompts is not None
+    records = unpack(parcel.rows) if isinstance(parcel.rows, bytes) else parcel.rows
+    assert records is not None
+    asked = np.flatnonzero(is_good(records).to_numpy())
+    answer = np.full(len(records), -1)
+    answer[asked] = np.arange(len(asked))
+    index = pa.array(answer, mask=answer < 0)
+    for name in ("error_code", "error_message"):
+        place = records.column_names.index(name)
+        values = pc.coalesce(records[name], generations[name].take(index))
+        records = records.set_column(place, records.schema.field(place), values)
+    answered = generations["token_ids"].is_valid()
+    prompt_tokens = pc.if_else(answered, pc.list_value_length(prompts["token_ids"]), None)
+    for suffix, values in {
+        "": _texts(prompts["token_ids"], generations, detokenizer),
+        "_finish_reason": generations["finish_reason"],
+        "_prompt_tokens": prompt_tokens,
+        "_completion_tokens": pc.list_value_length(generations["token_ids"]),
+    }.items():
+        records = records.append_column(f"{column}{suffix}", values.take(index))
+    failed = generations["error_code"].length() - generations["error_code"].null_count
+    return records, {
+        "in": len(asked),
+        "out": len(asked) - failed,
+        "dropped": 0,
+        "failed": failed,
+        "prompt_tokens": pc.sum(prompt_tokens).as_py() or 0,
+        "completion_tokens": pc.sum(records[f"{column}_completion_tokens"]).as_py() or 0,
+        "cached_tokens": pc.sum(generations["cached_tokens"]).as_py() or 0,
+    }
 
 
 def build_result(parcel: Parcel, work: Work, detokenizer: Detokenizer) -> pa.Table:

@@ -11,9 +11,11 @@ from typing import Any
 import ray
 import ray.data
 
+from pipelines.advance import Between
 from pipelines.commit import Commit
 from pipelines.contracts import Shard, Work
 from pipelines.generate import Generate
+from pipelines.generations import pools_of
 from pipelines.part import Footer
 from pipelines.prepare import Prepare
 from pipelines.stage import Failure, Parcel
@@ -42,10 +44,11 @@ class EngineResources:
 
 
 def stream(
-    shards: Sequence[Shard], work: Work, resources: EngineResources, stop: StopFlag, pass_: int
+    shards: Sequence[Shard], work: Work, resources: Sequence[EngineResources], stop: StopFlag, pass_: int
 ) -> Iterator[Outcome]:
     """Run shards through prepare → generate → commit on the connected Ray cluster; outcomes as they come.
 
+    `resources`: for each of `generations.pools_of(work)`; between two pools is a stage of its own (`advance.Between`).
     `pass_`: how often this run has called here before; within one pass only Ray repeats a shard (`attempts`). Once
     `stop` is set, shards come back with the failure `Stopped`. The largest shards go first, so that the tail is short.
     A shard without an outcome is the caller's to notice.
@@ -53,7 +56,7 @@ def stream(
     _configure(work)
     largest_first = sorted(shards, key=lambda shard: (-(shard.rows or 0), -shard.bytes, shard.ordinal))
     # One row per block, or Ray packs rows together: several shards in one call, delivered at its end.
-    dataset = ray.data.from_items(
+    dataset: ray.data.Dataset = ray.data.from_items(
         [Parcel.row(shard, **{"pass": pass_}) for shard in largest_first],
         override_num_blocks=len(shards),
     )
@@ -63,18 +66,21 @@ def stream(
         "fn_constructor_kwargs": {"own_process": True},
     }
     beside: dict[str, Any] = {**each, "compute": _beside(work)}
-    outcomes = (
-        dataset.map_batches(Prepare, num_cpus=PREPARE_CPUS, fn_constructor_args=[work, stop], **beside)
-        .map_batches(
+    dataset = dataset.map_batches(Prepare, num_cpus=PREPARE_CPUS, fn_constructor_args=[work, stop], **beside)
+    for number, (pool, need) in enumerate(zip(pools_of(work), resources, strict=True)):
+        if number:
+            dataset = dataset.map_batches(
+                Between, num_cpus=COMMIT_CPUS, fn_constructor_args=[work, number], **beside
+            )
+        dataset = dataset.map_batches(
             Generate,
-            compute=_engines(work),
-            num_gpus=resources.num_gpus or None,
-            num_cpus=resources.num_cpus,
-            fn_constructor_args=[work, stop],
+            compute=_engines(pool[0].work),
+            num_gpus=need.num_gpus or None,
+            num_cpus=need.num_cpus,
+            fn_constructor_args=[work, stop, number],
             **each,
         )
-        .map_batches(Commit, num_cpus=COMMIT_CPUS, fn_constructor_args=[work], **beside)
-    )
+    outcomes = dataset.map_batches(Commit, num_cpus=COMMIT_CPUS, fn_constructor_args=[work], **beside)
     for row in outcomes.iter_rows():
         yield Outcome(
             shard_id=row["shard"],

@@ -68,8 +68,14 @@ class SimulatedEngine:
         )
 
     async def generate(
-        self, request_id: str, token_ids: TokenIds, seed: int | None, max_tokens: int | None = None
+        self,
+        request_id: str,
+        token_ids: TokenIds,
+        seed: int | None,
+        max_tokens: int | None = None,
+        sampling: SamplingSettings | None = None,
     ) -> Answer:
+        sampling = sampling or self._sampling
         if not self._ready:
             raise EngineDied("the simulated engine is not running")
         if self._clock is None:  # belongs to the loop of the first request, which may not be that of `start`
@@ -82,8 +88,8 @@ class SimulatedEngine:
             raise EngineDied("the simulated engine died of a prompt that holds `dies_of`")
         if self._settings.stalls_of in prompt:
             self._clock.stall()
-        limit = max_tokens or self._sampling.max_tokens
-        samples = [self._sample(prompt, seed, index, limit) for index in range(self._sampling.n)]
+        limit = max_tokens or sampling.max_tokens
+        samples = [self._sample(prompt, seed, index, limit, sampling) for index in range(sampling.n)]
         tokens = sum(len(sample.token_ids) for sample in samples)
         elapsed_s = await self._clock.spend(tokens)
         return Answer(samples=samples, cached_tokens=0, ttft_s=elapsed_s * len(samples) / tokens)
@@ -111,17 +117,24 @@ class SimulatedEngine:
             self._clock.stop()
             self._clock = None
 
-    def _sample(self, prompt: list[int], seed: int | None, index: int, max_tokens: int | None) -> Sample:
+    def _sample(
+        self,
+        prompt: list[int],
+        seed: int | None,
+        index: int,
+        max_tokens: int | None,
+        sampling: SamplingSettings,
+    ) -> Sample:
         key = hashlib.sha256(np.asarray(prompt, np.int64).tobytes())
         key.update(struct.pack("<?Qq", seed is not None, (seed or 0) % 2**64, index))
         low, high = self._settings.min_tokens, max(self._settings.min_tokens, self._settings.max_tokens)
         wanted = low + int.from_bytes(key.digest()[:8], "little") % (high - low + 1)
-        wanted = max(wanted, self._sampling.min_tokens)
+        wanted = max(wanted, sampling.min_tokens)
         room = self._max_model_len - len(prompt)
         limit = min(room, max_tokens or room)
         random = np.frombuffer(hashlib.shake_128(key.digest()).digest(4 * wanted), "<u4")
         ids = self._ids[random % len(self._ids)].tolist()
-        if wanted > limit or self._sampling.ignore_eos or self._stop_id is None:
+        if wanted > limit or sampling.ignore_eos or self._stop_id is None:
             ids, finish_reason = ids[:limit], "length"
         else:  # like vLLM, the tokens of an answer end in the stop token
             ids[-1], finish_reason = self._stop_id, "stop"
@@ -129,11 +142,12 @@ class SimulatedEngine:
             token_ids=array("i", ids),
             text=None,
             finish_reason=finish_reason,
-            logprobs=self._logprobs(ids, random),
+            logprobs=self._logprobs(ids, random, sampling.logprobs),
         )
 
-    def _logprobs(self, ids: list[int], random: npt.NDArray[np.uint32]) -> list[dict[str, Any]] | None:
-        count = self._sampling.logprobs
+    def _logprobs(
+        self, ids: list[int], random: npt.NDArray[np.uint32], count: int | None
+    ) -> list[dict[str, Any]] | None:
         if count is None:
             return None
         values = (-(random[: len(ids)] % 1000).astype(np.float32) / 250).tolist()

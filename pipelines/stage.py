@@ -18,12 +18,14 @@ from pipelines.contracts import Shard, pack, unpack
 from pipelines.errors import DrayError, JobError
 from pipelines.scopes import scope_of
 
+StageName = Literal["prepare", "generate", "between", "commit"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """Why a shard has no part."""
 
-    stage: Literal["prepare", "generate", "commit"]
+    stage: StageName
     scope: Literal["shard", "job"]
     kind: str
     """Name of the exception's class."""
@@ -32,7 +34,7 @@ class Failure:
     """Traceback, for the log."""
 
     @classmethod
-    def of(cls, stage: Literal["prepare", "generate", "commit"], error: BaseException) -> Failure:
+    def of(cls, stage: StageName, error: BaseException) -> Failure:
         # One row's failure that nobody laid on its row is the shard's.
         scope: Literal["shard", "job"] = "job" if scope_of(error) == "job" else "shard"
         message = str(error).strip() or repr(error)

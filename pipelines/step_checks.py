@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from pipelines.errors import SpecError
 from pipelines.filter import compile_filter
+from pipelines.prompt_columns import prompt_columns, prompt_type_problems
 from pipelines.step_settings import StepSettings, step_names
 
 
@@ -32,6 +33,14 @@ def _problems(step: StepSettings, schema: pa.Schema) -> list[str]:
         for name in step.adds.names
         if name in schema.names
     ]
+    if step.generate is not None:
+        prompt = step.generate.prompt
+        problems += [
+            f"{key}: {_no_column(column, schema)}"
+            for key, column in prompt_columns(prompt)
+            if column not in schema.names
+        ]
+        problems += prompt_type_problems(prompt, schema)
     if step.parse is not None:
         problems += _type_problem("column", step.parse.column, schema, "text", pa.types.is_string)
     if step.select is not None:
@@ -51,6 +60,10 @@ def _type_problem(
     key: str, column: str, schema: pa.Schema, wanted: str, fits: Callable[[pa.DataType], bool]
 ) -> list[str]:
     if column not in schema.names:
-        return [f"{key}: there is no column {column!r} by then; there are {', '.join(schema.names[:16])}"]
+        return [f"{key}: {_no_column(column, schema)}"]
     type_ = schema.field(column).type
     return [] if fits(type_) else [f"{key}: {column!r} holds {type_} values, not {wanted}"]
+
+
+def _no_column(column: str, schema: pa.Schema) -> str:
+    return f"there is no column {column!r} by then; there are {', '.join(schema.names[:16])}"

@@ -1,10 +1,11 @@
 """The `steps:` of a job file: what is made of the answers before they are written, in this order.
 
 steps:
-  - parse:  {json: {score: int64, reason: string}}
-  - map:    {function: "acme_checks.score:verify", adds: {correct: bool}}
-  - filter: {where: "correct and score >= 3"}
-  - select: {by: score, keep: 1}
+  - parse:    {json: {score: int64, reason: string}}
+  - map:      {function: "acme_checks.score:verify", adds: {correct: bool}}
+  - filter:   {where: "correct and score >= 3"}
+  - select:   {by: score, keep: 1}
+  - generate: {column: summary, prompt: {template: "Shorten: {{ generated_text }}"}}
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Annotated, Literal
 import pyarrow as pa
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
-from pipelines.settings import Settings, Text
+from pipelines.settings import ModelSettings, PoolSettings, PromptSettings, SamplingSettings, Settings, Text
 
 #: Type names that a step may give its columns, besides `list<…>` of one of them.
 TYPES: dict[str, pa.DataType] = {
@@ -116,8 +117,47 @@ class SelectStep(Settings):
     """Which values are the best."""
 
 
+class GenerateStep(Settings):
+    """Ask a model about each record; the answer is a column more."""
+
+    column: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+    """The column of the answers' texts. Beside it come `…_finish_reason`, `…_prompt_tokens` and `…_completion_tokens`."""
+    prompt: PromptSettings
+    """As the job's own, over all columns that are there by now."""
+    sampling: SamplingSettings = SamplingSettings()
+    """As the job's own, whose values it does not take over; one answer for each record."""
+    model: ModelSettings | None = None
+    """Which model answers; default: the job's. Consecutive generations with one model and pool share their engines."""
+    pool: PoolSettings | None = None
+    """The engines of `model`; default: the job's `pool`."""
+
+    @property
+    def adds(self) -> dict[str, str]:
+        kinds = {
+            "": "string",
+            "_finish_reason": "string",
+            "_prompt_tokens": "int32",
+            "_completion_tokens": "int32",
+        }
+        return {f"{self.column}{suffix}": kind for suffix, kind in kinds.items()}
+
+    @model_validator(mode="after")
+    def _one_answer(self) -> GenerateStep:
+        if self.sampling.n > 1:
+            raise ValueError(
+                "sampling.n: a generate step makes one answer for each record; draw several first (sampling.n of the job)"
+            )
+        for key in ("logprobs", "max_tokens_column"):
+            if getattr(self.sampling, key) is not None:
+                raise ValueError(f"sampling.{key}: only for the job's own prompt")
+        return self
+
+
+_KINDS = ("parse", "map", "filter", "select", "generate")
+
+
 class StepSettings(Settings):
-    """One step: exactly one of `parse`, `map`, `filter`, `select`."""
+    """One step: exactly one of `parse`, `map`, `filter`, `select`, `generate`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")] | None = None
     """Stands in the statistics; default: what the step does, with a number where there are several of the kind."""
@@ -129,24 +169,25 @@ class StepSettings(Settings):
     """Keep the records for which a condition holds."""
     select: SelectStep | None = None
     """Keep the best of each row's samples."""
+    generate: GenerateStep | None = None
+    """Ask a model about each record."""
 
     @property
     def kind(self) -> str:
-        return next(name for name in ("parse", "map", "filter", "select") if getattr(self, name) is not None)
+        return next(name for name in _KINDS if getattr(self, name) is not None)
 
     @property
     def adds(self) -> pa.Schema:
         """The columns that the step adds, all nullable."""
-        step = self.parse or self.map
+        step = self.parse or self.map or self.generate
         return pa.schema([(name, arrow_type(kind)) for name, kind in (step.adds if step else {}).items()])
 
     @model_validator(mode="after")
     def _one_kind(self) -> StepSettings:
-        kinds = ("parse", "map", "filter", "select")
-        given = [name for name in kinds if getattr(self, name) is not None]
+        given = [name for name in _KINDS if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
-            raise ValueError(f"give exactly one of {', '.join(kinds)}; found {found}")
+            raise ValueError(f"give exactly one of {', '.join(_KINDS)}; found {found}")
         return self
 
 

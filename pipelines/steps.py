@@ -3,8 +3,9 @@
     answers ─► parse ─► map ─► filter ─► select ─► the part's rows
 
 A record is one sample of one input row. Each step sees the records that are still good, and adds columns to them, drops
-some, or fails some; a failed record keeps what it has and goes past the rest. The books of each step balance:
+some, or fails some; a failed or dropped record keeps what it has and goes past the rest. The books of each step balance:
 in = out + dropped + failed. At the end a row has failed when none of its records is good and one has failed.
+`generate` steps are no steps here: each begins another run of steps, on the answers of another generation.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.code import load_function
-from pipelines.contracts import Work, result_schema
+from pipelines.contracts import Counts, Work, result_schema
 from pipelines.errors import RowError
 from pipelines.filter import compile_filter
 from pipelines.parse import parser
@@ -50,38 +51,42 @@ class Step(Protocol):
 
 
 class Steps:
-    """The steps of a job, ready to run. `folders` are the user's own, for the functions of `map` steps.
+    """Some consecutive steps of a job, ready to run. `folders` are the user's own, for the functions of `map` steps.
 
     Raises SpecError for a function that cannot be imported.
     """
 
-    def __init__(self, settings: tuple[StepSettings, ...], folders: Sequence[str] = ()) -> None:
+    def __init__(
+        self, settings: Sequence[StepSettings], folders: Sequence[str] = (), names: Sequence[str] = ()
+    ) -> None:
         self._settings = settings
+        self._names = names or step_names(tuple(settings))
         self._steps = [
-            _ready(step, f"steps.{name}", folders)
-            for step, name in zip(settings, step_names(settings), strict=True)
+            _ready(step, f"steps.{name}", folders) for step, name in zip(settings, self._names, strict=True)
         ]
 
-    def run(self, answers: pa.Table) -> tuple[pa.Table, dict[str, dict[str, int]]]:
-        """(the records to write, in their order; each step's counts). `answers`: `contracts.result_schema` without steps.
+    def run(self, records: pa.Table) -> tuple[pa.Table, Counts]:
+        """(all records in their order, with the columns of these steps behind theirs; each step's counts).
 
-        The result has the columns of all steps at its end. Raises SpecError where a condition meets other types than
-        it can compare.
+        Failed and dropped records stay in their places: `settled` takes them out. Raises SpecError where a condition
+        meets other types than it can compare.
         """
         if not self._steps:
-            return answers, {}
-        whole = with_steps(answers.schema, self._settings)
-        answers = answers.append_column(_PLACE, pa.array(np.arange(len(answers))))
-        bad = pc.is_valid(answers["error_code"])
-        good, failed = answers.filter(pc.invert(bad)), [answers.filter(bad)]
-        counts: dict[str, dict[str, int]] = {}
-        for name, step in zip(step_names(self._settings), self._steps, strict=True):
+            return records, {}
+        if DROPPED not in records.column_names:
+            records = records.append_column(DROPPED, pa.repeat(False, len(records)))
+        whole = with_steps(records.schema, self._settings)
+        records = records.append_column(_PLACE, pa.array(np.arange(len(records))))
+        live = is_good(records)
+        good, aside = records.filter(live), [records.filter(pc.invert(live))]
+        counts: Counts = {}
+        for name, step in zip(self._names, self._steps, strict=True):
             verdict = step(good)
             there = len(good)
-            if verdict.failed:
-                failed.append(_failed(good, verdict.failed))
+            aside.append(_failed(good, verdict.failed))
             for column, values in verdict.added.items():
                 good = good.append_column(column, values)
+            aside.append(_with(good.take(verdict.dropped or _NONE), DROPPED, True))
             stays = np.ones(there, bool)
             stays[[*verdict.failed, *verdict.dropped]] = False
             good = good.filter(pa.array(stays))
@@ -91,12 +96,38 @@ class Steps:
                 "dropped": len(verdict.dropped),
                 "failed": len(verdict.failed),
             }
-        together = pa.concat_tables([good, *failed], promote_options="default").sort_by(_PLACE)
-        return _settled(together).select(whole.names).cast(whole), counts
+        together = pa.concat_tables([good, *aside], promote_options="default").sort_by(_PLACE)
+        return together.select(whole.names).cast(whole), counts
 
 
-#: A record's place among the answers; no column of a job has a name with a blank at its end.
+#: A record's place among the answers, and whether a step has dropped it; no column of a job has a name with a blank at
+#: its end.
 _PLACE = "place "
+DROPPED = "dropped "
+_NONE = pa.array([], pa.int64())
+
+
+def is_good(records: pa.Table) -> pa.ChunkedArray:
+    """Which records have neither failed nor been dropped."""
+    good = pc.is_null(records["error_code"])
+    return pc.and_not(good, records[DROPPED]) if DROPPED in records.column_names else good
+
+
+def settled(records: pa.Table) -> pa.Table:
+    """The records to write: without those dropped, without the failed ones of rows that have a good one, and without all
+    but the first of the others."""
+    kept = records
+    if DROPPED in records.column_names:
+        kept = records.filter(pc.invert(records[DROPPED])).drop_columns([DROPPED])
+    if kept["error_code"].null_count == len(kept):
+        return kept
+    errors = list(zip(kept["row_id"].to_pylist(), kept["error_code"].to_pylist(), strict=True))
+    told = {row for row, code in errors if code is None}
+    keep = []
+    for row, code in errors:
+        keep.append(code is None or row not in told)
+        told.add(row)
+    return kept.filter(pa.array(keep, pa.bool_()))
 
 
 def with_steps(schema: pa.Schema, steps: Sequence[StepSettings]) -> pa.Schema:
@@ -111,24 +142,17 @@ def part_schema(work: Work) -> pa.Schema:
 
 def _failed(good: pa.Table, failed: Mapping[int, RowError]) -> pa.Table:
     """The records that fail, with their errors."""
-    table = good.take(list(failed))
-    for column, values in {
-        "error_code": [error.code for error in failed.values()],
-        "error_message": [str(error) for error in failed.values()],
-    }.items():
-        table = table.set_column(table.column_names.index(column), column, pa.array(values, pa.string()))
-    return table
+    table = good.take(list(failed) or _NONE)
+    table = _with(table, "error_code", [error.code for error in failed.values()])
+    return _with(table, "error_message", [str(error) for error in failed.values()])
 
 
-def _settled(together: pa.Table) -> pa.Table:
-    """Without the failed records of rows that have a good one, and without all but the first of the others."""
-    errors = list(zip(together["row_id"].to_pylist(), together["error_code"].to_pylist(), strict=True))
-    told = {row for row, code in errors if code is None}
-    keep = []
-    for row, code in errors:
-        keep.append(code is None or row not in told)
-        told.add(row)
-    return together.filter(pa.array(keep, pa.bool_()))
+def _with(table: pa.Table, column: str, values: Any) -> pa.Table:
+    """The table with other values in a column: a list, or one value for all."""
+    place = table.column_names.index(column)
+    type_ = table.schema.field(place).type
+    array = pa.array(values if isinstance(values, list) else [values] * len(table), type_)
+    return table.set_column(place, table.schema.field(place), array)
 
 
 # ── The kinds ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -181,7 +205,7 @@ def _map(step: MapStep, key: str, folders: Sequence[str]) -> Step:
         return given
 
     def run(good: pa.Table) -> Verdict:
-        hidden = (_PLACE, "error_code", "error_message")
+        hidden = (_PLACE, DROPPED, "error_code", "error_message")
         seen = [name for name in good.column_names if name not in hidden]
         outcomes = [call(record) for record in records(good, seen)]
         added, errors = typed_columns(outcomes, types, "step_error")

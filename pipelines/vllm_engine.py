@@ -55,6 +55,7 @@ class VLLMEngine:
         self._building: asyncio.Future[Any] | None = None
         self._llm: Any = None
         self._params: Any = None
+        self._other_params: dict[int, tuple[SamplingSettings, Any]] = {}
         self._lora: Any = None
         self._max_model_len = 0
         self._in_flight: set[str] = set()
@@ -96,7 +97,12 @@ class VLLMEngine:
         )
 
     async def generate(
-        self, request_id: str, token_ids: TokenIds, seed: int | None, max_tokens: int | None = None
+        self,
+        request_id: str,
+        token_ids: TokenIds,
+        seed: int | None,
+        max_tokens: int | None = None,
+        sampling: SamplingSettings | None = None,
     ) -> Answer:
         """See `Engine.generate`. `seed` fits into 63 bits; vLLM adds the sample index to it."""
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -105,7 +111,7 @@ class VLLMEngine:
         if llm is None:
             raise EngineDied("the engine is not running")
         prompt = check_prompt(token_ids, self._max_model_len)
-        params = self._params
+        params = self._params if sampling is None else self._params_of(sampling)
         if seed is not None or max_tokens is not None:
             params = copy(params)
             params.seed = seed
@@ -131,7 +137,7 @@ class VLLMEngine:
             raise RowError("invalid_request", _one_line(refusal)) from error
         finally:
             self._in_flight.discard(request_id)
-        return self._answer(output, began)
+        return self._answer(output, params, began)
 
     @property
     def last_token_at(self) -> float:
@@ -169,7 +175,15 @@ class VLLMEngine:
                 process.kill()
         psutil.wait_procs(self._family, timeout=KILL_S)
 
-    def _answer(self, output: Any, began: float) -> Answer:
+    def _params_of(self, sampling: SamplingSettings) -> Any:
+        """vLLM's parameters for another generation's requests, made once."""
+        if id(sampling) not in self._other_params:
+            params = _sampling_params(sampling)
+            params.detokenize = params.detokenize or not _is_fast(self._llm.tokenizer)
+            self._other_params[id(sampling)] = (sampling, params)
+        return self._other_params[id(sampling)][1]
+
+    def _answer(self, output: Any, params: Any, began: float) -> Answer:
         samples = []
         for completion in output.outputs:
             if completion.finish_reason not in ("stop", "length"):
@@ -179,7 +193,7 @@ class VLLMEngine:
             samples.append(
                 Sample(
                     token_ids=array("i", completion.token_ids),
-                    text=completion.text if self._params.detokenize else None,
+                    text=completion.text if params.detokenize else None,
                     finish_reason=completion.finish_reason,
                     logprobs=None if completion.logprobs is None else _logprob_rows(completion.logprobs),
                 )

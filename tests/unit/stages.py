@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from jobs import load
 from jobs.fingerprint import fingerprint
 from jobs.planning import Plan
 from jobs.proposal import checked_identity, propose, work_of
+from pipelines.advance import Between
 from pipelines.commit import Commit
 from pipelines.contracts import Retry, Shard, Work
 from pipelines.generate import Generate
+from pipelines.generations import pools_of
 from pipelines.part import Footer
 from pipelines.prepare import Prepare
 from pipelines.stage import Parcel
@@ -64,13 +66,27 @@ def committed(settings: Mapping[str, Any], run_id: str = "first") -> Output:
 
 def generated(work: Work, shards: Sequence[Shard], pass_: int = 0) -> list[pa.Table]:
     """Batches as they come to the commit stage."""
-    prepare, generate = Prepare(work), Generate(work)
+    prepare, generate = Prepare(work), engines(work)
     prepared = [prepare(pa.Table.from_pylist([Parcel.row(shard, **{"pass": pass_})])) for shard in shards]
 
     async def answer() -> list[pa.Table]:
         return [await generate(batch) for batch in prepared]
 
     return asyncio.run(answer())
+
+
+def engines(work: Work) -> Callable[[pa.Table], Awaitable[pa.Table]]:
+    """All pools of engines of a job, and what stands between them, as one stage."""
+    generates = [Generate(work, None, pool) for pool in range(len(pools_of(work)))]
+    betweens = [Between(work, pool) for pool in range(1, len(generates))]
+
+    async def through(batch: pa.Table) -> pa.Table:
+        batch = await generates[0](batch)
+        for between, generate in zip(betweens, generates[1:], strict=True):
+            batch = await generate(between(batch))
+        return batch
+
+    return through
 
 
 def merge(work: Work, batch: pa.Table, storage: Storage | None = None) -> Footer:

@@ -21,7 +21,7 @@ from jobs.proposal import checked_identity, propose
 from pipelines.contracts import RESULT_FIELDS
 from pipelines.errors import SpecError
 from pipelines.step_settings import StepSettings
-from pipelines.steps import Steps
+from pipelines.steps import Steps, settled
 from tests.local.runs import job, rows_of, write_questions
 from tests.unit.stages import Output, committed, run
 
@@ -53,7 +53,8 @@ def steps(*settings: dict[str, Any]) -> tuple[StepSettings, ...]:
 
 
 def ran(table: pa.Table, *settings: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]]]:
-    result, counts = Steps(steps(*settings)).run(table)
+    records, counts = Steps(steps(*settings)).run(table)
+    result = settled(records)
     return result.to_pylist(), counts
 
 
@@ -174,7 +175,8 @@ def judged(checks: str) -> dict[str, Any]:
 
 def test_a_function_fails_its_own_record_only(checks: str, tmp_path: Path) -> None:
     table = answers({"a": ["fine"], "b": ["§boom"], "c": ["§odd"], "d": ["§less", "good"], "e": [None]})
-    result, counts = Steps(steps(judged(checks)), [str(tmp_path)]).run(table)
+    records, counts = Steps(steps(judged(checks)), [str(tmp_path)]).run(table)
+    result = settled(records)
     rows = {(row["row_id"], row["sample_index"]): row for row in result.to_pylist()}
     assert rows.keys() == {("a", 0), ("b", 0), ("c", 0), ("d", 1), ("e", 0)}
     assert (rows["a", 0]["length"], rows["d", 1]["short"]) == (4, True)
@@ -188,7 +190,8 @@ def test_a_function_fails_its_own_record_only(checks: str, tmp_path: Path) -> No
 def test_a_function_gets_no_text_that_is_no_utf8(checks: str, tmp_path: Path) -> None:
     table = answers({"a": ["fine"], "b": ["fine"]})
     dirty = pa.array([b"ok", b"caf\xe9"], pa.binary()).view(pa.string())
-    result, _ = Steps(steps(judged(checks)), [str(tmp_path)]).run(table.set_column(0, "question", dirty))
+    records, _ = Steps(steps(judged(checks)), [str(tmp_path)]).run(table.set_column(0, "question", dirty))
+    result = settled(records)
     assert result["error_code"].to_pylist() == [None, "invalid_utf8"]
 
 

@@ -1,0 +1,115 @@
+"""From the answers of one generation to the prompts of the next: detokenise, run the steps between them, render."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.attempts import Attempts
+from pipelines.code import check_code
+from pipelines.contracts import PROMPT_SCHEMA, Counts, Work
+from pipelines.detokenize import Detokenizer
+from pipelines.generations import Generation, pools_of
+from pipelines.orphans import end_with_parent
+from pipelines.policy import check_model_allowed
+from pipelines.prompt import PromptBuilder
+from pipelines.result import records_of
+from pipelines.stage import Failure, Parcel
+from pipelines.steps import DROPPED, Steps, is_good
+from pipelines.storage import Storage
+from pipelines.tokenizer import do_without_torch, load_tokenizer
+
+
+class Reading:
+    """What becomes of one generation's answers: their texts, and what its steps make of them."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
+
+    @cached_property
+    def detokenizer(self) -> Detokenizer:
+        return Detokenizer(load_tokenizer(self.generation.work.model), self.generation.work.sampling)
+
+    @cached_property
+    def steps(self) -> Steps:
+        g = self.generation
+        return Steps(g.steps, g.work.user_modules, g.step_names)
+
+    def records(self, parcel: Parcel) -> tuple[pa.Table, Parcel]:
+        """(all records of the shard with the answers, before the generation's steps; the parcel with what was counted)."""
+        records, counts = records_of(parcel, self.generation, self.detokenizer)
+        return records, with_counts(parcel, counts)
+
+
+def with_counts(parcel: Parcel, counts: Counts) -> Parcel:
+    """The parcel, noting what some more steps have counted."""
+    return parcel.noting(steps={**parcel.notes.get("steps", {}), **counts}) if counts else parcel
+
+
+class Advance:
+    """One step onwards from a generation: the same shard, ready for `after`."""
+
+    def __init__(self, before: Generation, after: Generation) -> None:
+        self._reading, self._after = Reading(before), after
+
+    @cached_property
+    def _builder(self) -> PromptBuilder:
+        work = self._after.work
+        return PromptBuilder(
+            work.prompt,
+            load_tokenizer(work.model),
+            work.user_modules,
+            work.sampling,
+            key=f"steps.{self._after.name}.prompt",
+        )
+
+    def __call__(self, parcel: Parcel) -> Parcel:
+        """The parcel with its records as rows, and a prompt for each of them that is still good."""
+        records, parcel = self._reading.records(parcel)
+        records, counts = self._reading.steps.run(records)
+        good = records.filter(is_good(records))
+        if DROPPED in good.column_names:
+            good = good.drop_columns([DROPPED])
+        prompts = self._builder.build(good)
+        # Each sample of a row is a request of its own: other seed, other suspect.
+        ids = pc.binary_join_element_wise(
+            good["row_id"], good["sample_index"].cast(pa.string()), f"@{self._after.name}", "~"
+        )
+        prompts = prompts.set_column(0, PROMPT_SCHEMA.field(0), ids)
+        onwards = Parcel(shard=parcel.shard, rows=records, prompts=prompts, notes=parcel.notes)
+        return with_counts(onwards, counts)
+
+
+class Between:
+    """The stage between two pools of engines, on CPU actors."""
+
+    def __init__(self, work: Work, pool: int, *, own_process: bool = False) -> None:
+        """`pool`: the place of the next one in `generations.pools_of`."""
+        if own_process:
+            end_with_parent()
+            do_without_torch(work.model)
+        self.work = work
+        pools = pools_of(work)
+        self._advance = Advance(pools[pool - 1][-1], pools[pool][0])
+        self._attempts = Attempts(
+            Storage(work.output.path, work.output.storage_options), f"between-{pool}", work.run_id
+        )
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        parcel = Parcel.from_batch(batch)
+        if parcel.failure or parcel.notes.get("committed"):
+            return parcel.to_batch()
+        try:
+            check_code(self.work.code_digest, self.work.code_path)
+            check_model_allowed(self._advance._after.work.model)  # by this machine's own policy
+            self._attempts.begin_whole(
+                self.work.attempts_key(parcel.shard),
+                parcel.notes["pass"],
+                name=parcel.shard.part_name,
+                most=self.work.errors.max_attempts,
+            )
+            return self._advance(parcel).to_batch()
+        except Exception as error:  # noqa: BLE001 - classified by Failure.of
+            return parcel.failed(Failure.of("between", error)).to_batch()

@@ -1,0 +1,63 @@
+"""Which columns a prompt cannot do without, and which types they must have; no data is read for it."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from pipelines.settings import PromptSettings, SamplingSettings
+from pipelines.template import GLOBALS, Template
+
+
+def templates(prompt: PromptSettings, key: str = "prompt") -> list[tuple[str, str]]:
+    """(key, source) of the templates; `key` is where the prompt stands in the job file."""
+    given = {f"{key}.template": prompt.template, f"{key}.system": prompt.system}
+    return [(name, source) for name, source in given.items() if source is not None]
+
+
+def prompt_columns(
+    prompt: PromptSettings, sampling: SamplingSettings | None = None, key: str = "prompt"
+) -> list[tuple[str, str]]:
+    """(key, column) for each column that the prompt and its sampling cannot do without. Raises SpecError."""
+    found = []
+    for name, source in templates(prompt, key):
+        template = Template(source, name)
+        needed = template.columns - template.optional - GLOBALS - {"row_id"}
+        found += [(name, column) for column in sorted(needed)]
+    columns = {
+        f"{key}.messages_column": prompt.messages_column,
+        f"{key}.prompt_column": prompt.prompt_column,
+    }
+    if sampling is not None:
+        columns["sampling.max_tokens_column"] = sampling.max_tokens_column
+    return found + [(name, column) for name, column in columns.items() if column is not None]
+
+
+def prompt_type_problems(prompt: PromptSettings, schema: pa.Schema, key: str = "prompt") -> list[str]:
+    """Columns that hold other values than a prompt is made of."""
+    problems = []
+    name = prompt.prompt_column
+    if name in schema.names and not is_text(schema.field(name).type):
+        problems.append(f"{key}.prompt_column: {name!r} holds {schema.field(name).type} values, not text")
+    name = prompt.messages_column
+    if name in schema.names:
+        type_ = schema.field(name).type
+        if not is_text(type_) and not (is_list(type_) and pa.types.is_struct(type_.value_type)):
+            problems.append(
+                f"{key}.messages_column: {name!r} holds {type_} values, not a list of role and content or JSON text"
+            )
+    return problems
+
+
+def is_text(type_: pa.DataType) -> bool:
+    """Text, also as a dictionary, or nothing but nulls."""
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+    is_string = pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
+    return bool(is_string or pa.types.is_null(type_))
+
+
+def is_list(type_: pa.DataType) -> bool:
+    """A list of any of Arrow's kinds."""
+    return bool(
+        pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
+    )
