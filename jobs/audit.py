@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.books import Books, Fault, each
-from jobs.fingerprint import steps_of
+from jobs.fingerprint import output_schema_of, steps_of
 from jobs.planning import Plan
 from pipelines.contracts import Shard, Span, result_schema
 from pipelines.counting import COUNTED, SPENT, TALLIED, tally
@@ -82,7 +82,7 @@ def _expected_schema(plan: Plan, identity: dict[str, Any]) -> pa.Schema | None:
     answers = result_schema(
         plan.input_schema,
         OutputSettings(path="-", columns=columns, rename=rename),
-        SamplingSettings(logprobs=logprobs),
+        SamplingSettings(logprobs=logprobs, output_schema=output_schema_of(identity)),
     )
     schema = with_steps(answers, steps_of(identity))
     sink = pa.BufferOutputStream()

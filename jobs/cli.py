@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 @job_arguments
 def validate(target: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check a job file: keys, types, engine arguments. Reads no data."""
+    from jobs.output_schemas import json_columns
     from jobs.target import job_of
 
     job = job_of(target, overrides)
+    notes = json_columns(job.spec)
     show(
-        {"valid": True, "name": job.spec.name},
-        f"{target}: valid job [bold]{job.spec.name}[/]",
+        {"valid": True, "name": job.spec.name, "notes": notes},
+        "\n".join([f"{target}: valid job [bold]{job.spec.name}[/]", *map(escape, notes)]),
         as_json=as_json,
     )
 

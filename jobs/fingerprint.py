@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,28 @@ def _folder(place: str, *, code: bool = False) -> dict[str, str]:
 def _step_identity(step: StepSettings) -> dict[str, Any]:
     """A step, without what is said of its model elsewhere, and without how it is run."""
     hidden = {"generate": {"model", "pool"}} if step.generate is not None else None
-    return step.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=hidden)
+    values = step.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=hidden)
+    sampling = values.get("generate", {}).get("sampling", {})
+    if "output_schema" in sampling:
+        sampling["output_schema"] = json.dumps(sampling["output_schema"])
+    return values
 
 
 def steps_of(identity: Mapping[str, Any]) -> tuple[StepSettings, ...]:
     """The steps in an `identity`."""
-    return tuple(StepSettings.model_validate(step) for step in identity.get("steps", ()))
+    steps = deepcopy(list(identity.get("steps", ())))
+    for step in steps:
+        sampling = step.get("generate", {}).get("sampling", {})
+        if "output_schema" in sampling:
+            sampling["output_schema"] = json.loads(sampling["output_schema"])
+    return tuple(StepSettings.model_validate(step) for step in steps)
+
+
+def output_schema_of(identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`sampling.output_schema` in an `identity`."""
+    found = identity.get("sampling.output_schema")
+    schema: dict[str, Any] | None = None if found is None else json.loads(found)
+    return schema
 
 
 def fingerprint(of: Mapping[str, Any]) -> str:
@@ -150,6 +167,11 @@ def _digest_of_file(path: Path) -> str:
 
 
 def _add(found: dict[str, Any], key: tuple[str, ...], value: Any, job: LoadedJob) -> None:
+    if key[-1] == "output_schema" and value is not None:
+        found[".".join(key)] = json.dumps(
+            value
+        )  # as text: the order of its keys is that of the column's fields
+        return
     if isinstance(value, dict) and key not in job.unfilled:
         for name, item in value.items():
             _add(found, (*key, name), item, job)

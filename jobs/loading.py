@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from jobs.job_file import Key, Origin, Tree, parse_value, read_job_file, shown, tree_at, tree_of
 from jobs.mistakes import accepts, allows_null, describe, field_at
+from jobs.output_schemas import with_schemas
 from jobs.policy import check_job
 from jobs.references import MASK, References, is_one_reference, is_secret_name, masked, references_in
 from jobs.schedule import parse_moment, variables_of
@@ -114,6 +115,7 @@ def load(
     except ValidationError as error:
         _refuse(describe(error, values, tree, name))
         raise
+    spec = with_schemas(spec)
     check_job(spec)
     before_run = References(references.env, None)
     return LoadedJob(

@@ -86,7 +86,7 @@ async def _answered(parcel: Parcel, work: Work) -> pa.Table:
     generation: Generation | None = None
     for pool in pools_of(work):
         first = pool[0].work
-        engine = open_engine(first.model, first.sampling, first.pool)
+        engine = open_engine(first.model, first.sampling, first.pool, [g.work.sampling for g in pool[1:]])
         try:
             started = Started.of(engine, await engine.start(), first)
             for following in pool:

@@ -18,6 +18,7 @@ from jobs.engines import Engines, engines_of, hardware_here
 from jobs.fingerprint import fingerprint, identity
 from jobs.loading import LoadedJob
 from jobs.output import check_claim, claim, read_spec
+from jobs.output_schemas import json_columns
 from jobs.pinning import described, pinned
 from jobs.planning import Plan, extend, load_plan, new_plan, save_plan, summary
 from jobs.spec import JobSpec, check_against_schema, needed_columns
@@ -123,6 +124,7 @@ class Proposal:
                 lines.append(f"{head}  {line}")
         if found["steps"]:
             lines.append(f"steps   {escape(' → '.join(['answers', *map(_step_words, found['steps'])]))}")
+        lines += [f"note    {escape(line)}" for line in json_columns(self.job.spec)]
         if found["finished"] and found["committed_shards"] == found["shards"]:
             lines.append("nothing to do: the job is finished")
         return Group(*lines)

@@ -16,7 +16,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from jobs.limits import BudgetSettings
 from jobs.places import overlap
 from jobs.schedule import ScheduleSettings
-from pipelines.contracts import LOGPROBS_FIELD, RESULT_FIELDS, result_schema
+from pipelines.contracts import RESULT_FIELDS, extra_fields, result_schema
 from pipelines.engine_args import check_engine_args
 from pipelines.errors import ModelError, SpecError
 from pipelines.filter import compile_filter
@@ -171,8 +171,8 @@ class JobSpec(Settings):
     @property
     def result_columns(self) -> tuple[str, ...]:
         """The columns that Dray adds to the input's."""
-        extra = [LOGPROBS_FIELD] if self.sampling.logprobs is not None else []
-        return tuple(field.name for field in (*RESULT_FIELDS, *extra))
+        fields = (*RESULT_FIELDS, *extra_fields(self.sampling))
+        return tuple(field.name for field in fields)
 
 
 def prompt_columns(spec: JobSpec) -> frozenset[str]:

@@ -26,6 +26,7 @@ from pipelines.histogram import Histogram
 from pipelines.lengths import HELD, LITTLE, Lengths, Rows
 from pipelines.settings import SamplingSettings
 from pipelines.stage import Parcel
+from pipelines.structured import Structured
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Answering:
         self._max_tokens: list[int | None] = self._prompts["max_tokens"].to_pylist()
         self._results: list[Answer | RowError | None] = [None] * len(self._prompts)
         self._latencies: list[float] = []
+        self._structured = Structured(work.sampling)
         self._began = time.monotonic()
         self._first_admitted: float | None = None
 
@@ -126,6 +128,8 @@ class Answering:
             generate_s=ended - first + before.get("generate_s", 0.0),
             latency_s=latency.to_dict(),
             ttft_s=(ttft + Histogram.from_dict(before.get("ttft_s", {}))).to_dict(),
+            repairs=self._structured.spent.repairs + before.get("repairs", 0),
+            repair_tokens=self._structured.spent.tokens + before.get("repair_tokens", 0),
             preemptions=sum(a.preemptions for a in answers) + before.get("preemptions", 0),
             replica=replica_name(),
             engine=info.name,
@@ -146,30 +150,35 @@ class Answering:
         """One row that has entered the engine."""
         began = time.monotonic()
         self._first_admitted = self._first_admitted or began
-        engine, limit, seed = self.started.engine, self._work.errors.request_timeout_s, None
-        if self._work.sampling.seed is not None:
-            seed = row_seed(self._work.sampling.seed, self.row_ids[row])
-        token_ids = self._token_ids[self._ends[row] : self._ends[row + 1]]
         try:
-            async with asyncio.timeout(limit):
-                answer = await engine.generate(
-                    f"{self._work.run_id}-{next(self._numbers)}",
-                    token_ids,
-                    seed,
-                    self._max_tokens[row],
-                    self.started.sampling,
-                )
-        except TimeoutError:
-            if engine.last_token_at < began:
-                raise EngineDied(f"no token from any request for {limit:g} s") from None
-            self._results[row] = RowError("request_timeout", f"no answer within {limit:g} s")
+            answer = await self._structured.answer(partial(self._ask, row))
         except RowError as error:
             self._results[row] = error
         else:
             self._results[row] = answer
             self._latencies.append(time.monotonic() - began)
             tokens = sum(len(sample.token_ids) for sample in answer.samples)
-            self.started.lengths.learn(len(token_ids), tokens, self._max_tokens[row])
+            self.started.lengths.learn(self.prompt_tokens(row), tokens, self._max_tokens[row])
+
+    async def _ask(self, row: int, number: int, cut: bool) -> Answer:
+        """One try at a row; see `structured.Ask`. Raises RowError, and EngineDied where the engine is silent."""
+        began, engine = time.monotonic(), self.started.engine
+        sampling, limit = self._work.sampling, self._work.errors.request_timeout_s
+        seed, longest, own = None, self._max_tokens[row], self.started.sampling
+        if sampling.seed is not None or number:
+            seed = row_seed(sampling.seed or 0, self.row_ids[row]) + number
+        if number:
+            own = self._structured.sampling_again(cut)
+            longest = longest and longest * (2 if cut else 1)
+        token_ids = self._token_ids[self._ends[row] : self._ends[row + 1]]
+        request = f"{self._work.run_id}-{next(self._numbers)}"
+        try:
+            async with asyncio.timeout(limit):
+                return await engine.generate(request, token_ids, seed, longest, own)
+        except TimeoutError:
+            if engine.last_token_at < began:
+                raise EngineDied(f"no token from any request for {limit:g} s") from None
+            raise RowError("request_timeout", f"no answer within {limit:g} s") from None
 
 
 class _Line:

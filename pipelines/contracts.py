@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipelines.histogram import Histogram
+from pipelines.output_schema import arrow_type_of
 from pipelines.settings import (
     ErrorSettings,
     InputSettings,
@@ -212,8 +213,15 @@ def result_schema(input_schema: pa.Schema, output: OutputSettings, sampling: Sam
         input_schema.field(name).with_name(output.rename.get(name, name)).with_nullable(True)
         for name in names
     ]
-    extra = [LOGPROBS_FIELD] if sampling.logprobs is not None else []
-    return pa.schema([*carried, *RESULT_FIELDS, *extra])
+    return pa.schema([*carried, *RESULT_FIELDS, *extra_fields(sampling)])
+
+
+def extra_fields(sampling: SamplingSettings) -> list[pa.Field]:
+    """The columns behind `RESULT_FIELDS` that the sampling asks for."""
+    fields = [LOGPROBS_FIELD] if sampling.logprobs is not None else []
+    if isinstance(sampling.output_schema, dict):
+        fields.append(pa.field("parsed", arrow_type_of(sampling.output_schema)[0]))
+    return fields
 
 
 def pack(table: pa.Table) -> bytes:
@@ -267,6 +275,10 @@ class ShardStats:
     generate_s: float = 0.0
     commit_s: float = 0.0
     preemptions: int = 0
+    repairs: int = 0
+    """Requests made again because the answer was not what `sampling` asks of it; their tokens count as `repair_tokens`."""
+    repair_tokens: int = 0
+    """Output tokens of answers that gave way to another try, not in `completion_tokens`."""
     engine_deaths: int = 0
     """Engines that died under the shard before it was answered; one death counts for each shard that it met."""
     error_codes: dict[str, int] = field(default_factory=dict)

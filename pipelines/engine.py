@@ -159,12 +159,17 @@ def check_prompt(token_ids: TokenIds, max_model_len: int) -> list[int]:
     return ids
 
 
-def open_engine(model: ModelSettings, sampling: SamplingSettings, pool: PoolSettings) -> Engine:
-    """The engine that `model.backend` names, not started yet."""
+def open_engine(
+    model: ModelSettings,
+    sampling: SamplingSettings,
+    pool: PoolSettings,
+    others: Sequence[SamplingSettings] = (),
+) -> Engine:
+    """The engine that `model.backend` names, not started yet. `others`: what `generate` will be asked for besides."""
     if model.backend == "simulated":
         from pipelines.simulated_engine import SimulatedEngine
 
-        return SimulatedEngine(model, sampling)
+        return SimulatedEngine(model, sampling, others)
     from pipelines.vllm_engine import VLLMEngine
 
-    return VLLMEngine(model, sampling, pool)
+    return VLLMEngine(model, sampling, pool, others)

@@ -91,6 +91,7 @@ ROW_ERROR_CODES: dict[str, str] = {
     "prompt_too_long": "the prompt leaves no room for an answer within max_model_len",
     "invalid_request": "the engine refused the request's parameters or tokens",
     "request_timeout": "no answer within errors.request_timeout_s",
+    "invalid_output": "the answer is not what `output_schema` or `structured_outputs` asks for, also after `repairs` tries",
     "engine_crash": "the engine died each time it ran this row, also with nothing beside it",
     "parse_error": "a `parse` step could not read the answer",
     "step_error": "the function of a `map` step raised, or returned other columns or types than the step adds",

@@ -240,7 +240,8 @@ class Generate:
         raise AssertionError("unreachable")
 
     def _open_once(self) -> Started:
-        engine = open_engine(self.work.model, self.work.sampling, self.work.pool)
+        others = [generation.work.sampling for generation in self._generations[1:]]
+        engine = open_engine(self.work.model, self.work.sampling, self.work.pool, others)
         info = asyncio.run(engine.start())
         return Started.of(engine, info, self.work)
 

@@ -11,7 +11,10 @@ import pyarrow.compute as pc
 from pipelines.contracts import Counts, Work, result_schema, unpack
 from pipelines.detokenize import Detokenizer
 from pipelines.generations import Generation
+from pipelines.output_schema import Checker
+from pipelines.settings import SamplingSettings
 from pipelines.stage import Parcel
+from pipelines.step_settings import GenerateStep
 from pipelines.steps import is_good
 
 
@@ -19,15 +22,18 @@ def records_of(parcel: Parcel, generation: Generation, detokenizer: Detokenizer)
     """(the shard's records with the answers of this generation; the counts of a `generate` step)."""
     if generation.step is None:
         return build_result(parcel, generation.work, detokenizer), {}
-    records, counts = _with_answers(parcel, generation.step.column, detokenizer)
+    records, counts = _with_answers(parcel, generation.step, detokenizer)
     return records, {generation.name: counts}
 
 
-def _with_answers(parcel: Parcel, column: str, detokenizer: Detokenizer) -> tuple[pa.Table, dict[str, int]]:
+def _with_answers(
+    parcel: Parcel, step: GenerateStep, detokenizer: Detokenizer
+) -> tuple[pa.Table, dict[str, int]]:
     """The records that the parcel has as rows, and behind their columns a later generation's.
 
     Its prompts are those of the good records, in their order, with one answer each.
     """
+    column, sampling = step.column, step.sampling
     generations, prompts = parcel.generations, parcel.prompts
     assert generations is not None
     assert prompts is not None
@@ -41,13 +47,15 @@ def _with_answers(parcel: Parcel, column: str, detokenizer: Detokenizer) -> tupl
         place = records.column_names.index(name)
         values = pc.coalesce(records[name], generations[name].take(index))
         records = records.set_column(place, records.schema.field(place), values)
+    texts = _texts(prompts["token_ids"], generations, detokenizer)
     answered = generations["token_ids"].is_valid()
     prompt_tokens = pc.if_else(answered, pc.list_value_length(prompts["token_ids"]), None)
     for suffix, values in {
-        "": _texts(prompts["token_ids"], generations, detokenizer),
+        "": texts,
         "_finish_reason": generations["finish_reason"],
         "_prompt_tokens": prompt_tokens,
         "_completion_tokens": pc.list_value_length(generations["token_ids"]),
+        **({"_parsed": _parsed(texts, sampling)} if sampling.output_schema is not None else {}),
     }.items():
         records = records.append_column(f"{column}{suffix}", values.take(index))
     failed = generations["error_code"].length() - generations["error_code"].null_count
@@ -90,9 +98,15 @@ def build_result(parcel: Parcel, work: Work, detokenizer: Detokenizer) -> pa.Tab
         "error_message": generations["error_message"],
         "run_id": pa.repeat(work.run_id, len(generations)),
     }
-    if work.sampling.logprobs is not None:  # else the name may be an input column's
+    if work.sampling.logprobs is not None:  # else the names may be input columns'
         columns["logprobs"] = generations["logprobs"]
+    if work.sampling.output_schema is not None:
+        columns["parsed"] = _parsed(columns["generated_text"], work.sampling)
     return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _parsed(texts: pa.ChunkedArray, sampling: SamplingSettings) -> pa.Array:
+    return Checker(sampling).column(texts.to_pylist())
 
 
 def _texts(prompt_ids: pa.ChunkedArray, generations: pa.Table, detokenizer: Detokenizer) -> pa.ChunkedArray:

@@ -31,6 +31,8 @@ def _distinct(names: list[str]) -> list[str]:
 
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 Text = Annotated[str, Field(min_length=1)]
+#: `package.module:name` of something in a package of the user's own.
+Function = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
 Names = Annotated[list[Text], AfterValidator(_distinct)]
 
 
@@ -84,7 +86,7 @@ class PromptSettings(Settings):
     """A column of OpenAI-shaped messages (a list of structs, or JSON text)."""
     prompt_column: str | None = None
     """A column that holds the user turn itself."""
-    function: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")] | None = None
+    function: Function | None = None
     """`package.module:name` of a function `(row: dict) -> str | list[message]` in a package of your own."""
     system: str | None = None
     """The system turn, a Jinja template as well. Needs a chat model. A row whose messages begin with a system turn of
@@ -170,6 +172,26 @@ class ModelSettings(Settings):
         return int(self.engine.get("tensor_parallel_size", 1))
 
 
+class StructuredOutputs(Settings):
+    """vLLM's StructuredOutputsParams: exactly one of `choice`, `regex`, `grammar`. For JSON see `output_schema`."""
+
+    choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    """The answer is one of these texts."""
+    regex: Text | None = None
+    """The answer matches this regular expression as a whole."""
+    grammar: Text | None = None
+    """The answer is a sentence of this grammar (EBNF as vLLM's backends read it)."""
+
+    @model_validator(mode="after")
+    def _one(self) -> StructuredOutputs:
+        given = [name for name in ("choice", "regex", "grammar") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of choice, regex, grammar; found {' and '.join(given) or 'none of them'}"
+            )
+        return self
+
+
 class SamplingSettings(Settings):
     """vLLM's SamplingParams, verbatim where the names agree."""
 
@@ -211,9 +233,24 @@ class SamplingSettings(Settings):
     """Above 1: rather tokens that neither prompt nor answer have yet."""
     logprobs: Annotated[int, Field(ge=0)] | None = None
     """Log probabilities of each output token and of this many alternatives, in the column `logprobs`."""
+    output_schema: dict[str, Any] | Function | None = None
+    """A JSON Schema, or `package.module:Class` of a pydantic model in a package of your own: answers are decoded so that
+    they follow it, and stand in the column `parsed` with Arrow's types."""
+    structured_outputs: StructuredOutputs | None = None
+    """Other constraints on the text of answers."""
+    repairs: Annotated[int, Field(ge=0, le=10)] | None = None
+    """How often an answer that was cut off or is not what `output_schema` or `structured_outputs` asks for is tried again;
+    then it is the row's error. Default: once."""
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether answers are constrained, and checked."""
+        return self.output_schema is not None or self.structured_outputs is not None
 
     @model_validator(mode="after")
     def _consistent(self) -> SamplingSettings:
+        if self.output_schema is not None and self.structured_outputs is not None:
+            raise ValueError("give output_schema or structured_outputs, not both")
         if self.temperature == 0.0 and self.n > 1:
             raise ValueError("n > 1 with temperature 0 gives n equal answers; raise the temperature")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

@@ -9,6 +9,7 @@ import itertools
 import struct
 import time
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,10 @@ class SimulatedEngine:
     words and penalties are ignored.
     """
 
-    def __init__(self, model: ModelSettings, sampling: SamplingSettings) -> None:
+    def __init__(
+        self, model: ModelSettings, sampling: SamplingSettings, others: Sequence[SamplingSettings] = ()
+    ) -> None:
+        self._constrained = any(one.is_structured for one in (sampling, *others))
         self._model = model
         self._sampling = sampling
         self._settings = model.simulated
@@ -45,6 +49,11 @@ class SimulatedEngine:
         self._stop_id: int | None = None
 
     async def start(self) -> EngineInfo:
+        if self._constrained:
+            raise EngineStartError(
+                "the simulated engine cannot constrain its answers: leave out sampling.output_schema and "
+                "sampling.structured_outputs, or take model.backend: vllm"
+            )
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:

@@ -16,7 +16,16 @@ from typing import Annotated, Literal
 import pyarrow as pa
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
-from pipelines.settings import ModelSettings, PoolSettings, PromptSettings, SamplingSettings, Settings, Text
+from pipelines.output_schema import arrow_type_of
+from pipelines.settings import (
+    Function,
+    ModelSettings,
+    PoolSettings,
+    PromptSettings,
+    SamplingSettings,
+    Settings,
+    Text,
+)
 
 #: Type names that a step may give its columns, besides `list<…>` of one of them.
 TYPES: dict[str, pa.DataType] = {
@@ -92,7 +101,7 @@ class ParseStep(Settings):
 class MapStep(Settings):
     """Call a function of yours for each record."""
 
-    function: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
+    function: Function
     """`package.module:name` of a function `(record: dict) -> dict`, in a package of your own. It returns the columns of
     `adds`; an exception fails the record with `step_error`."""
     adds: Columns
@@ -180,7 +189,10 @@ class StepSettings(Settings):
     def adds(self) -> pa.Schema:
         """The columns that the step adds, all nullable."""
         step = self.parse or self.map or self.generate
-        return pa.schema([(name, arrow_type(kind)) for name, kind in (step.adds if step else {}).items()])
+        added = [(name, arrow_type(kind)) for name, kind in (step.adds if step else {}).items()]
+        if self.generate and isinstance(schema := self.generate.sampling.output_schema, dict):
+            added.append((f"{self.generate.column}_parsed", arrow_type_of(schema)[0]))
+        return pa.schema(added)
 
     @model_validator(mode="after")
     def _one_kind(self) -> StepSettings:

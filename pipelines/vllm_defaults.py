@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -31,18 +32,30 @@ def set_quiet_environment() -> None:
 
 
 def gpu_defaults(
-    model: ModelSettings, sampling: SamplingSettings, pool: PoolSettings, gpu_bytes: int
+    model: ModelSettings,
+    sampling: SamplingSettings,
+    pool: PoolSettings,
+    gpu_bytes: int,
+    others: Sequence[SamplingSettings] = (),
 ) -> dict[str, Any]:
-    """EngineArgs for an engine on GPUs of `gpu_bytes` of memory each; sets environment variables."""
+    """EngineArgs for an engine on GPUs of `gpu_bytes` of memory each; sets environment variables.
+
+    `others`: further generations' sampling, for which the engine must be fit too.
+    """
     if importlib.util.find_spec("flashinfer") is None:
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     packed = 1 if pool.engines_per_gpu == "auto" else pool.engines_per_gpu
     sizing = size_for_gpu(read_shape(model), model, sampling, gpu_bytes, packed)
-    return {**_common(model, sampling), **sizing.args}
+    return {**_common(model, (sampling, *others)), **sizing.args}
 
 
-def cpu_defaults(model: ModelSettings, sampling: SamplingSettings, pool: PoolSettings) -> dict[str, Any]:
-    """EngineArgs for an engine that shares its host with other engines; sets environment variables.
+def cpu_defaults(
+    model: ModelSettings,
+    sampling: SamplingSettings,
+    pool: PoolSettings,
+    others: Sequence[SamplingSettings] = (),
+) -> dict[str, Any]:
+    """EngineArgs for an engine that shares its host with other engines; sets environment variables. `others` as above.
 
     vLLM's own defaults are for one engine per host: it binds threads to the first cores of a NUMA node (two engines
     would share them, and tensor parallelism wants a node per rank) and takes most of the memory for its KV cache.
@@ -55,8 +68,10 @@ def cpu_defaults(model: ModelSettings, sampling: SamplingSettings, pool: PoolSet
     # that spin. 1,000 requests of 32 + 32 tokens, tiny Llama, 2 busy cores: 3.8–6.8 s of CPU with "0", 11.7–13.7 with
     # "1" (10.6 k and 2.3 k tokens/s at best); start-up 15 and 23 s of CPU.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    defaults = _common(model, sampling)
-    if sampling.seed is not None:
+    defaults = _common(model, (sampling, *others))
+    if any(
+        one.seed is not None or one.is_structured for one in (sampling, *others)
+    ):  # another try has a seed
         # vLLM 0.32 turns a seeded request's generator back after each chunk of a prefill, which a CPU generator
         # cannot do: the engine dies ("CPU Generator does not use offset").
         defaults["enable_chunked_prefill"] = False
@@ -77,7 +92,7 @@ def cpu_kv_bytes(model: ModelSettings) -> int | None:
     return min(4 * GIB, psutil.virtual_memory().available // (8 * model.tensor_parallel_size))
 
 
-def _common(model: ModelSettings, sampling: SamplingSettings) -> dict[str, Any]:
+def _common(model: ModelSettings, samplings: Sequence[SamplingSettings]) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "model": model.source,
         "revision": model.revision,
@@ -85,7 +100,7 @@ def _common(model: ModelSettings, sampling: SamplingSettings) -> dict[str, Any]:
         # Switches vLLM's stat loggers off; with a logger of our own in their place requests still carry metrics.
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
-        "max_logprobs": max(20, sampling.logprobs or 0),
+        "max_logprobs": max(20, *(sampling.logprobs or 0 for sampling in samplings)),
     }
     if model.tensor_parallel_size * int(model.engine.get("pipeline_parallel_size", 1)) > 1:
         # Inside a Ray actor vLLM might choose its `ray` backend, which wants a placement group and fails on CPU.

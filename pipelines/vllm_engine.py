@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import time
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,15 @@ class VLLMEngine:
     the user leaves out are those of `vllm.LLM`, not AsyncLLM's serving defaults.
     """
 
-    def __init__(self, model: ModelSettings, sampling: SamplingSettings, pool: PoolSettings) -> None:
+    def __init__(
+        self,
+        model: ModelSettings,
+        sampling: SamplingSettings,
+        pool: PoolSettings,
+        others: Sequence[SamplingSettings] = (),
+    ) -> None:
         self._model = model
-        self._sampling = sampling
+        self._sampling, self._others = sampling, others
         self._pool = pool
         self._building: asyncio.Future[Any] | None = None
         self._llm: Any = None
@@ -237,10 +243,10 @@ class VLLMEngine:
                 f"pool.device is {self._pool.device}, but this vLLM runs on {current_platform.device_type}"
             )
         if on_cpu:
-            defaults = cpu_defaults(model, self._sampling, self._pool)
+            defaults = cpu_defaults(model, self._sampling, self._pool, self._others)
         else:
             gpu_bytes = int(current_platform.get_device_total_memory())
-            defaults = gpu_defaults(model, self._sampling, self._pool, gpu_bytes)
+            defaults = gpu_defaults(model, self._sampling, self._pool, gpu_bytes, self._others)
         # Before the model loads: a mistake here should not cost minutes.
         self._params = _sampling_params(self._sampling)
         known = known_engine_args()  # a vLLM without an argument of ours goes without it
@@ -251,7 +257,7 @@ class VLLMEngine:
         if model.lora is not None:
             values |= {"enable_lora": True, "max_lora_rank": _lora_rank(model.lora, values)}
             self._lora = _lora_request(model.lora)
-        args = AsyncEngineArgs(**values)
+        args = AsyncEngineArgs(**values, **_structured_args((self._sampling, *self._others), values))
         compiles = compile_key(_vllm_version(), _device_name(), values)
         one_rank = self._model.gpus_per_engine == 1  # several do not end their compilation at once
         with start_turn(
@@ -352,14 +358,24 @@ def _lora_rank(lora: LoraSettings, values: Mapping[str, Any]) -> int:
 
 def _sampling_params(sampling: SamplingSettings) -> Any:
     """vLLM's SamplingParams for all requests of the job; seed and max_tokens may differ, see `VLLMEngine.generate`."""
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-    values = sampling.model_dump(exclude={"seed", "max_tokens_column"})
+    ours = {"seed", "max_tokens_column", "output_schema", "structured_outputs", "repairs"}
+    values = sampling.model_dump(exclude=ours)
     try:
         params = SamplingParams(
             **values,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            detokenize=bool(sampling.stop),  # bad words are turned into ids beforehand and need no text
+            # Bad words are turned into ids beforehand and need no text; a structured answer is checked as it comes.
+            detokenize=bool(sampling.stop) or sampling.is_structured,
+            structured_outputs=(
+                StructuredOutputsParams(
+                    json=sampling.output_schema,
+                    **(sampling.structured_outputs.model_dump() if sampling.structured_outputs else {}),
+                )
+                if sampling.is_structured
+                else None
+            ),
             flat_logprobs=sampling.logprobs is not None,
         )
     except Exception as error:  # a VLLMValidationError, which is a ValueError up to 0.26; or pydantic's
@@ -368,6 +384,20 @@ def _sampling_params(sampling: SamplingSettings) -> Any:
     # the stop ids that vLLM adds, the same for every request.
     params.skip_clone = True
     return params
+
+
+def _structured_args(samplings: Sequence[SamplingSettings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON without white space, wherever vLLM's fastest backend knows the schemas: else a model may write blanks for ever."""
+    schemas = [sampling.output_schema for sampling in samplings if sampling.output_schema is not None]
+    if not schemas or "structured_outputs_config" in values:
+        return {}
+    from vllm.config import StructuredOutputsConfig
+    from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
+
+    if any(has_xgrammar_unsupported_json_features(schema) for schema in schemas):
+        return {}
+    config = StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)
+    return {"structured_outputs_config": config}
 
 
 def _logprob_rows(flat: Any) -> list[dict[str, Any]]:
