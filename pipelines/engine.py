@@ -105,7 +105,8 @@ class Engine(Protocol):
     ) -> Answer:
         """Answer one prompt. Cancelling the call aborts the request inside the engine. `max_tokens`: if not the job's.
 
-        Raises RowError when the engine refuses this request, EngineDied when the engine is gone.
+        Raises RowError when the engine refuses this request, EngineDied when the engine is gone, EngineStartError when
+        what it loads with the first request does not load.
         """
 
     @property
