@@ -12,7 +12,7 @@ from tests.local.bare_vllm import bare_vllm
 from tests.local.runs import REAL, TINY, dray, held_out, job, rows_of, write_questions
 from tests.tiny_models import lora_adapter, merged, quantised
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 ROWS = 100
 SAMPLING: dict[str, Any] = {"temperature": 0, "max_tokens": 48}
@@ -54,7 +54,7 @@ def job_file(folder: Path, dtype: str, **model: Any) -> str:
 
 
 def job_texts(folder: Path, dtype: str, **model: Any) -> list[str]:
-    done = dray("run", job_file(folder, dtype, **model), "--json")
+    done = dray("run", job_file(folder, dtype, **model), "--json", timeout=400)
     assert done.returncode == 0, done.stderr
     assert not json.loads(done.stdout)["simulated"]
     rows = rows_of(folder / "out").to_pylist()
