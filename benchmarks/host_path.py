@@ -49,7 +49,12 @@ class AtOnce:
         self._answer = answer
 
     async def generate(
-        self, request_id: str, token_ids: Any, seed: int | None, max_tokens: int | None = None, sampling: Any = None
+        self,
+        request_id: str,
+        token_ids: Any,
+        seed: int | None,
+        max_tokens: int | None = None,
+        sampling: Any = None,
     ) -> Answer:
         check_prompt(token_ids, 8192)
         await asyncio.sleep(0)

@@ -112,7 +112,8 @@ class Engine(Protocol):
 
         `max_tokens` and `sampling`: if not those that the engine was opened with.
 
-        Raises RowError when the engine refuses this request, EngineDied when the engine is gone.
+        Raises RowError when the engine refuses this request, EngineDied when the engine is gone, EngineStartError when
+        what it loads with the first request does not load.
         """
 
     @property

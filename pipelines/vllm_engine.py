@@ -63,6 +63,7 @@ class VLLMEngine:
         self._params: Any = None
         self._other_params: dict[int, tuple[SamplingSettings, Any]] = {}
         self._lora: Any = None
+        self._lora_load: asyncio.Future[Any] | None = None
         self._max_model_len = 0
         self._in_flight: set[str] = set()
         self._family: list[psutil.Process] = []
@@ -117,6 +118,8 @@ class VLLMEngine:
         if llm is None:
             raise EngineDied("the engine is not running")
         prompt = check_prompt(token_ids, self._max_model_len)
+        if self._lora is not None:
+            await self._load_lora(llm)
         params = self._params if sampling is None else self._params_of(sampling)
         if seed is not None or max_tokens is not None:
             params = copy(params)
@@ -144,6 +147,24 @@ class VLLMEngine:
         finally:
             self._in_flight.discard(request_id)
         return self._answer(output, params, began)
+
+    async def _load_lora(self, llm: Any) -> None:
+        """Before the first request: an adapter that comes with a request, as vLLM has it, ends EngineCore if it does not
+        fit, as if the prompt were to blame. Not in `start`, whose event loop the engine must not take.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._lora_load is None:
+            self._lora_load = asyncio.ensure_future(llm.add_lora(self._lora))
+        try:
+            await asyncio.shield(self._lora_load)
+        except EngineDeadError as error:
+            raise EngineDied(self._death_reason()) from error
+        except Exception as error:  # whatever vLLM, torch and safetensors raise: the adapter does not load
+            assert self._model.lora is not None
+            reason = vllm_log.reason_since(self._log, self._log_offset) or _one_line(error)
+            source = self._model.lora.source
+            raise EngineStartError(f"adapter {source!r} does not load: {reason[:600]}") from error
 
     @property
     def last_token_at(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,177 @@ def with_weights(folder: Path) -> Path:
         initializer_range=0.2,  # wide, so that greedy answers vary
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+#: Of a LoRA adapter: every kind of matrix that vLLM packs (q, k and v; gate and up) or leaves alone.
+_ADAPTED = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+_RANK, _ALPHA = 4, 8
+
+
+def lora_adapter(model: Path, folder: Path, *, extra_rows: int = 0) -> Path:
+    """A random LoRA adapter for a model as PEFT saves it, which changes many answers. `extra_rows`: more than the matrices have."""
+    import torch
+    from safetensors.torch import save_file
+
+    dice = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, weight in _weights(model).items():
+        if any(kind in name for kind in _ADAPTED):
+            rows, columns = weight.shape
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(_RANK, columns, generator=dice) / columns**0.5
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(rows + extra_rows, _RANK, generator=dice) * 0.3
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model),
+        "r": _RANK,
+        "lora_alpha": _ALPHA,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(_ADAPTED),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def merged(model: Path, adapter: Path, folder: Path) -> Path:
+    """The model with the adapter in its weights (float32): W + alpha/r · B·A."""
+    weights = {name: weight.float() for name, weight in _weights(model).items()}
+    deltas = _weights(adapter)
+    for name in [name for name in deltas if ".lora_A." in name]:
+        target = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
+        weights[target] += _ALPHA / _RANK * (deltas[name.replace(".lora_A.", ".lora_B.")] @ deltas[name])
+    return _copy(model, folder, weights, {"torch_dtype": "float32"})
+
+
+def quantised(model: Path, folder: Path, kind: str) -> Path:
+    """The model with its linear layers quantised as `kind` has it, rounded to the nearest: a checkpoint of this format, not a good one."""
+    weights: dict[str, Any] = {}
+    for name, weight in _weights(model).items():
+        if "_proj." in name:
+            parts = _QUANTISED[kind](weight.float())
+            weights |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in parts.items()}
+        else:
+            weights[name] = weight
+    return _copy(model, folder, weights, {"quantization_config": _QUANTISATION[kind]})
+
+
+_GROUP = 32  # input columns that share a scale
+_LEVELS = 2  # on each side of zero, fewer than there is room for: so coarse that some answers change
+
+
+def _int8_by_channel(weight: Any) -> dict[str, Any]:
+    import torch
+
+    scale = weight.abs().amax(1, keepdim=True) / _LEVELS
+    return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
+
+
+def _int4_by_group(weight: Any) -> tuple[Any, Any]:
+    """Small integers [rows, columns], and their scales [rows, groups]."""
+    grouped = weight.unflatten(1, (-1, _GROUP))
+    scale = grouped.abs().amax(2, keepdim=True) / _LEVELS
+    return (grouped / scale).round().int().flatten(1), scale.squeeze(2)
+
+
+def _packed(values: Any, dim: int, order: tuple[int, ...] = tuple(range(8))) -> Any:
+    """Eight numbers of 0 to 15 along `dim` in each int32, the first of `order` in its lowest bits."""
+    import torch
+
+    eights = values.long().unflatten(dim, (-1, 8)).movedim(dim + 1 if dim >= 0 else dim, -1)
+    words = sum(eights[..., each] << (4 * place) for place, each in enumerate(order))
+    return (words - ((words >> 31) << 32)).to(torch.int32).contiguous()
+
+
+def _int4_packed(weight: Any) -> dict[str, Any]:
+    import torch
+
+    values, scale = _int4_by_group(weight)
+    return {
+        "weight_packed": _packed(values + 8, 1),
+        "weight_scale": scale.bfloat16(),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
+def _gptq(weight: Any) -> dict[str, Any]:
+    import torch
+
+    values, scale = _int4_by_group(weight)
+    rows, columns = weight.shape
+    zeros = torch.full((columns // _GROUP, rows), 7)  # this format keeps zero points less one
+    return {
+        "qweight": _packed(values.T + 8, 0),
+        "qzeros": _packed(zeros, 1),
+        "scales": scale.T.half().contiguous(),
+        "g_idx": (torch.arange(columns) // _GROUP).int(),
+    }
+
+
+def _awq(weight: Any) -> dict[str, Any]:
+    import torch
+
+    values, scale = _int4_by_group(weight)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    return {
+        "qweight": _packed(values.T + 8, 1, order),
+        "qzeros": _packed(torch.full_like(scale.T, 8), 1, order),
+        "scales": scale.T.half().contiguous(),
+    }
+
+
+_QUANTISED = {"int8-w8a8": _int8_by_channel, "int4-w4a16": _int4_packed, "gptq": _gptq, "awq": _awq}
+
+
+def _compressed(layout: str, weights: dict[str, Any], activations: dict[str, Any] | None) -> dict[str, Any]:
+    whole = {"type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**whole, "dynamic": False, **weights},
+        "input_activations": activations and {**whole, **activations},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+
+
+_QUANTISATION: dict[str, dict[str, Any]] = {
+    "int8-w8a8": _compressed(
+        "int-quantized",
+        {"num_bits": 8, "strategy": "channel"},
+        {"num_bits": 8, "strategy": "token", "dynamic": True},
+    ),
+    "int4-w4a16": _compressed(
+        "pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": _GROUP}, None
+    ),
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": _GROUP, "desc_act": False, "sym": True},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": _GROUP, "zero_point": True, "version": "gemm"},
+}
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def _copy(model: Path, folder: Path, weights: dict[str, Any], config: dict[str, Any]) -> Path:
+    """The model's folder with other weights, and `config` over its configuration."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(model, folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""`dray submit` and its kin against a Ray cluster of two nodes with a dashboard, as a user of another machine has it."""
+"""`dray submit` and its kin against a Ray cluster of several nodes with a dashboard, as a user of another machine has it."""
 
 from __future__ import annotations
 
@@ -10,40 +10,71 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from jobs.lock import held_by
+from pipelines.settings import PoolSettings
 from pipelines.storage import Storage
 from tests.chaos.stage import ENVIRONMENT
 from tests.local.runs import DRAY, ROOT, TINY, rows_of, write_questions
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
+IN_FLIGHT = PoolSettings().shards_in_flight
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """The dashboard's address."""
+
+@dataclass
+class Nodes:
+    """A cluster's head, its worker nodes, and the process that holds them: `tests.chaos.nodes`."""
+
+    dashboard: str
+    raylets: list[int]
+    process: subprocess.Popen[str]
+
+    def remove(self, raylet: int) -> None:
+        assert self.process.stdin
+        assert self.process.stdout
+        print(f"remove {raylet}", file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline() == "done\n"
+
+
+@contextmanager
+def started(workers: int, head_cpus: int = 1) -> Iterator[Nodes]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # `python` on the nodes is this one.
     env = {**os.environ, **ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.chaos.nodes", "1", str(port)],
+        [sys.executable, "-m", "tests.chaos.nodes", str(workers), str(port), str(head_cpus)],
         cwd=ROOT,
         env=env,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    ) as nodes:
-        assert nodes.stdout
-        yield json.loads(nodes.stdout.readline())["dashboard"]
-        assert nodes.stdin
-        nodes.stdin.close()
+    ) as process:
+        assert process.stdout
+        told = json.loads(process.stdout.readline())
+        try:
+            yield Nodes(told["dashboard"], told["raylets"], process)
+        finally:
+            assert process.stdin
+            process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The dashboard's address."""
+    with started(workers=1) as nodes:
+        yield nodes.dashboard
 
 
 def home(folder: Path, tokens_per_s: float) -> Path:
@@ -149,6 +180,44 @@ def test_a_run_that_was_stopped_and_one_whose_driver_died_are_resumed(cluster: s
     rows = rows_of(tmp_path / "out")
     assert len(set(rows["row_id"].to_pylist())) == len(rows) == 300
     assert set(rows["run_id"].to_pylist()) == {stopped, killed, last}
+
+
+def test_a_node_that_is_removed_costs_a_run_its_shards_in_flight_only(tmp_path: Path) -> None:
+    user = home(tmp_path, tokens_per_s=400)
+    # No room on the head: the node that is left has the other stages already, and takes the engine as well.
+    with started(workers=2, head_cpus=0) as nodes:
+        run = dray_json("submit", "job.yaml", "--address", nodes.dashboard, cwd=user)["run_id"]
+        wait_for(lambda: parts(tmp_path) >= 2)
+        (first,) = {provenance["replica"] for provenance in provenances(tmp_path).values()}
+        engine = psutil.Process(int(first.rpartition(":")[2]))
+        raylet = engine.ppid()  # a worker's parent is its node's raylet
+        assert raylet in nodes.raylets
+        nodes.remove(raylet)
+        psutil.wait_procs([engine], timeout=30)
+        assert not engine.is_running()
+        before = provenances(tmp_path)
+        assert 2 <= len(before) < 12
+
+        followed = dray("logs", run, "-f", "--address", nodes.dashboard, cwd=user)
+
+    assert followed.returncode == 0, followed.stdout + followed.stderr
+    rows = rows_of(tmp_path / "out")
+    assert len(set(rows["row_id"].to_pylist())) == len(rows) == 300
+    assert set(rows["run_id"].to_pylist()) == {run}
+    after = provenances(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert len({provenance["replica"] for provenance in after.values()}) == 2
+    again = sum(provenance["attempt"] > 1 for provenance in after.values())
+    assert 1 <= again <= IN_FLIGHT + 1  # and one whose answers were on their way to be committed
+
+
+def provenances(folder: Path) -> dict[str, dict[str, Any]]:
+    """Who made each part, by its name: of all attempts the one that counts, and its engine's process."""
+    found = {}
+    for part in (folder / "out" / "data").glob("*.parquet"):
+        footer = json.loads(pq.read_metadata(part).metadata[b"dray"])
+        found[part.name] = footer["provenance"]
+    return found
 
 
 def test_an_unknown_run_and_a_cluster_that_is_not_there_are_said(cluster: str, tmp_path: Path) -> None:
