@@ -81,7 +81,9 @@ def _expected_schema(plan: Plan, identity: dict[str, Any]) -> pa.Schema | None:
         return None
     answers = result_schema(
         plan.input_schema,
-        OutputSettings(path="-", columns=columns, rename=rename),
+        OutputSettings(
+            path="-", columns=columns, rename=rename, provenance=identity.get("output.provenance")
+        ),
         SamplingSettings(logprobs=logprobs, output_schema=output_schema_of(identity)),
     )
     schema = with_steps(answers, steps_of(identity))

@@ -171,7 +171,7 @@ class JobSpec(Settings):
     @property
     def result_columns(self) -> tuple[str, ...]:
         """The columns that Dray adds to the input's."""
-        fields = (*RESULT_FIELDS, *extra_fields(self.sampling))
+        fields = (*RESULT_FIELDS, *extra_fields(self.output, self.sampling))
         return tuple(field.name for field in fields)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import math
 import os
@@ -24,6 +23,7 @@ from pipelines.engine import Answer, Engine, EngineInfo
 from pipelines.errors import EngineDied, RowError
 from pipelines.histogram import Histogram
 from pipelines.lengths import HELD, LITTLE, Lengths, Rows
+from pipelines.seeds import row_seed
 from pipelines.settings import SamplingSettings
 from pipelines.stage import Parcel
 from pipelines.structured import Structured
@@ -67,11 +67,14 @@ class Answering:
         self._work, self.started = work, started
         self._numbers, self._priority = request_numbers, priority
         token_ids = self._prompts["token_ids"].combine_chunks()
-        self.answerable: list[int] = np.flatnonzero(token_ids.is_valid()).tolist()
-        """Positions of the rows that have a prompt."""
         self._token_ids = token_ids.values.to_numpy()
         self._ends: list[int] = token_ids.offsets.to_pylist()
         self._max_tokens: list[int | None] = self._prompts["max_tokens"].to_pylist()
+        asked: list[int] = np.flatnonzero(token_ids.is_valid()).tolist()
+        self._same = self._repeats(asked) if work.sampling.temperature == 0 else {}
+        """Rows whose answer is that of another row, by position."""
+        self.answerable = [row for row in asked if row not in self._same]
+        """Positions of the rows that are to be answered: those that have a prompt, each greedy one once."""
         self._results: list[Answer | RowError | None] = [None] * len(self._prompts)
         self._latencies: list[float] = []
         self._structured = Structured(work.sampling)
@@ -83,6 +86,13 @@ class Answering:
         """Of all rows, by position."""
         ids: list[str] = self._prompts["row_id"].to_pylist()
         return ids
+
+    def _repeats(self, asked: Sequence[int]) -> dict[int, int]:
+        """Row → the first row with the same prompt and limit, for all that are not the first."""
+        first: dict[tuple[bytes, int | None], int] = {}
+        prompts = ((row, self._token_ids[self._ends[row] : self._ends[row + 1]].tobytes()) for row in asked)
+        found = ((row, first.setdefault((prompt, self._max_tokens[row]), row)) for row, prompt in prompts)
+        return {row: other for row, other in found if other != row}
 
     async def run(self, rows: Sequence[int]) -> None:
         """Answer the prompts at these positions. Raises what is not one row's fault, after aborting the rest."""
@@ -110,6 +120,9 @@ class Answering:
         """The shard with its generations; every answerable row must have been run or failed. Blocks for the table."""
         ended = time.monotonic()
         answers = [result for result in self._results if isinstance(result, Answer)]
+        for row, other in self._same.items():
+            self._results[row] = self._results[other]
+        reused = [answer for row in self._same if isinstance(answer := self._results[row], Answer)]
         first = self._first_admitted or ended
         info = self.started.info
         before = self._parcel.notes  # of the generations that the shard has behind it
@@ -128,6 +141,9 @@ class Answering:
             generate_s=ended - first + before.get("generate_s", 0.0),
             latency_s=latency.to_dict(),
             ttft_s=(ttft + Histogram.from_dict(before.get("ttft_s", {}))).to_dict(),
+            rows_reused=len(reused) + before.get("rows_reused", 0),
+            tokens_reused=sum(len(sample.token_ids) for answer in reused for sample in answer.samples)
+            + before.get("tokens_reused", 0),
             repairs=self._structured.spent.repairs + before.get("repairs", 0),
             repair_tokens=self._structured.spent.tokens + before.get("repair_tokens", 0),
             preemptions=sum(a.preemptions for a in answers) + before.get("preemptions", 0),
@@ -221,12 +237,6 @@ class _Line:
 def replica_name() -> str:
     """This process, as provenance and metrics name it: `host:pid`."""
     return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def row_seed(seed: int, row_id: str) -> int:
-    """The sampling seed of one row: 63 bits, from the job's seed and the row's identity only."""
-    digest = hashlib.blake2b(f"{seed}\0{row_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:

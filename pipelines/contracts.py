@@ -213,12 +213,22 @@ def result_schema(input_schema: pa.Schema, output: OutputSettings, sampling: Sam
         input_schema.field(name).with_name(output.rename.get(name, name)).with_nullable(True)
         for name in names
     ]
-    return pa.schema([*carried, *RESULT_FIELDS, *extra_fields(sampling)])
+    return pa.schema([*carried, *RESULT_FIELDS, *extra_fields(output, sampling)])
 
 
-def extra_fields(sampling: SamplingSettings) -> list[pa.Field]:
-    """The columns behind `RESULT_FIELDS` that the sampling asks for."""
-    fields = [LOGPROBS_FIELD] if sampling.logprobs is not None else []
+#: With `output.provenance`, besides `run_id`.
+PROVENANCE_FIELDS = (
+    pa.field("model", pa.string()),
+    pa.field("model_revision", pa.string()),
+    pa.field("prompt_sha256", pa.string()),
+    pa.field("seed", pa.int64()),
+)
+
+
+def extra_fields(output: OutputSettings, sampling: SamplingSettings) -> list[pa.Field]:
+    """The columns behind `RESULT_FIELDS` that the job asks for."""
+    fields = [*PROVENANCE_FIELDS] if output.provenance else []
+    fields += [LOGPROBS_FIELD] if sampling.logprobs is not None else []
     if isinstance(sampling.output_schema, dict):
         fields.append(pa.field("parsed", arrow_type_of(sampling.output_schema)[0]))
     return fields
@@ -275,6 +285,10 @@ class ShardStats:
     generate_s: float = 0.0
     commit_s: float = 0.0
     preemptions: int = 0
+    rows_reused: int = 0
+    """Greedy prompts that another row of the shard has as well: asked once. All generations together."""
+    tokens_reused: int = 0
+    """Output tokens of these, which count in `completion_tokens` and were not generated."""
     repairs: int = 0
     """Requests made again because the answer was not what `sampling` asks of it; their tokens count as `repair_tokens`."""
     repair_tokens: int = 0

@@ -81,6 +81,8 @@ def count(parcel: Parcel, records: pa.Table, rows: pa.Table, steps: Counts) -> S
         queue_s=notes["queue_s"],
         generate_s=notes["generate_s"],
         preemptions=notes["preemptions"],
+        rows_reused=notes["rows_reused"],
+        tokens_reused=notes["tokens_reused"],
         repairs=notes["repairs"],
         repair_tokens=notes["repair_tokens"],
         engine_deaths=notes["engine_deaths"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from pipelines.contracts import Counts, Work, result_schema, unpack
 from pipelines.detokenize import Detokenizer
 from pipelines.generations import Generation
 from pipelines.output_schema import Checker
+from pipelines.seeds import row_seed
 from pipelines.settings import SamplingSettings
 from pipelines.stage import Parcel
 from pipelines.step_settings import GenerateStep
@@ -98,11 +101,33 @@ def build_result(parcel: Parcel, work: Work, detokenizer: Detokenizer) -> pa.Tab
         "error_message": generations["error_message"],
         "run_id": pa.repeat(work.run_id, len(generations)),
     }
+    if work.output.provenance:
+        columns |= _provenance(columns["row_id"], prompt_ids.take(index), work)
     if work.sampling.logprobs is not None:  # else the names may be input columns'
         columns["logprobs"] = generations["logprobs"]
     if work.sampling.output_schema is not None:
         columns["parsed"] = _parsed(columns["generated_text"], work.sampling)
     return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _provenance(row_ids: pa.ChunkedArray, prompt_ids: pa.ChunkedArray, work: Work) -> dict[str, Any]:
+    """`PROVENANCE_FIELDS` of each record."""
+    model, seed = work.model, work.sampling.seed
+    name = os.path.basename(model.source) if os.path.isabs(model.source) else model.source
+    hashes = [
+        None
+        if ids.values is None
+        else hashlib.sha256(ids.values.to_numpy().astype("<i4").tobytes()).hexdigest()
+        for ids in prompt_ids
+    ]
+    return {
+        "model": pa.repeat(name, len(row_ids)),
+        "model_revision": pa.array([model.revision] * len(row_ids), pa.string()),
+        "prompt_sha256": pa.array(hashes, pa.string()),
+        "seed": pa.array(
+            [None if seed is None else row_seed(seed, row) for row in row_ids.to_pylist()], pa.int64()
+        ),
+    }
 
 
 def _parsed(texts: pa.ChunkedArray, sampling: SamplingSettings) -> pa.Array:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import load, run
-from pipelines.answering import row_seed
+from pipelines.seeds import row_seed
 from tests.local.bare_vllm import bare_vllm
 from tests.local.runs import REAL, TINY, held_out, job, rows_of
 from tests.tiny_models import sentencepiece_style, with_weights
