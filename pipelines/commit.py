@@ -21,6 +21,7 @@ from pipelines.attempts import Attempts
 from pipelines.code import check_code
 from pipelines.contracts import FORMAT_VERSION, START_PARTS, Provenance, Work
 from pipelines.counting import count
+from pipelines.dedup_keys import keep_keys
 from pipelines.detokenize import Detokenizer
 from pipelines.errors import ShardError
 from pipelines.merge import merge
@@ -100,6 +101,7 @@ class Commit:
             provenance=self._provenance(parcel),
         )
         data, footer = build_part(self.storage, rows, footer, self.work.output)
+        keep_keys(self.storage, rows, footer, self.work.steps)
         if self.storage.create(f"data/{parcel.shard.part_name}", data):
             tell_committed(footer.stats, footer.provenance)
             return footer
