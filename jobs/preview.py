@@ -7,7 +7,9 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Group, RenderableType
 from rich.markup import escape
 
@@ -17,6 +19,8 @@ from jobs.proposal import input_schema, work_of
 from jobs.spec import needed_columns
 from pipelines.answering import Answering, Started
 from pipelines.contracts import Shard, Work
+from pipelines.dedup import duplicates
+from pipelines.dedup_keys import make_keys
 from pipelines.detokenize import Detokenizer
 from pipelines.engine import open_engine
 from pipelines.errors import InputError
@@ -24,6 +28,7 @@ from pipelines.listing import list_files
 from pipelines.prepare import Prepare
 from pipelines.result import build_result
 from pipelines.stage import Parcel
+from pipelines.step_settings import dedup_step
 from pipelines.steps import Steps
 from pipelines.tokenizer import load_tokenizer
 
@@ -56,6 +61,7 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
         answered = asyncio.run(_answer(parcel, work))
         result = build_result(answered, work, Detokenizer(tokenizer, work.sampling))
         result, _ = Steps(work.steps, work.user_modules).run(result)
+        result = _without_duplicates(result, work)
         shown = ("generated_text", "finish_reason", "error_code", "error_message")
         added = [name for step in work.steps for name in step.adds.names]
         answers: dict[str, list[dict[str, Any]]] = {row["row_id"]: [] for row in seen}
@@ -65,6 +71,18 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
         for row in seen:
             row["answers"] = answers[row["row_id"]]
     return seen
+
+
+def _without_duplicates(result: pa.Table, work: Work) -> pa.Table:
+    """The records that a `dedup` step leaves of these; other rows of the job may take more of them away."""
+    step = dedup_step(work.steps)
+    if step is None:
+        return result
+    good = np.flatnonzero(pc.is_null(result["error_code"]).to_numpy())
+    stays = np.ones(len(result), bool)
+    keys = make_keys(result, step).keys
+    stays[good[duplicates(keys, np.zeros(len(keys), np.int32), step)]] = False
+    return result.filter(pa.array(stays))
 
 
 def _first_rows(prepare: Prepare, shards: Iterable[Shard], rows: int) -> Parcel:

@@ -68,6 +68,7 @@ class Proposal:
                     "name": name,
                     "kind": step.kind,
                     "adds": {column.name: str(column.type) for column in step.adds},
+                    **({"by": list(step.dedup.columns), "method": step.dedup.method} if step.dedup else {}),
                 }
                 for step, name in zip(self.job.spec.steps, step_names(self.job.spec.steps), strict=True)
             ],
@@ -121,7 +122,9 @@ class Proposal:
 
 
 def _step_words(step: dict[str, Any]) -> str:
-    """`parse (+ score int64)`."""
+    """`parse (+ score int64)`, `dedup (by question, exact)`."""
+    if step["kind"] == "dedup":
+        return f"{step['name']} (by {', '.join(step['by'])}, {step['method']})"
     added = ", ".join(f"{name} {kind}" for name, kind in step["adds"].items())
     return f"{step['name']} (+ {added})" if added else str(step["name"])
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.hashes import repeated
 from pipelines.minhash import band_hashes, bands_for, low_bytes, near_duplicates, signatures, words_of
 from pipelines.step_settings import DedupStep
 
@@ -128,22 +129,9 @@ def duplicates(
     A record goes for one that stays. To ask again after some of those that go are gone gives the same others.
     """
     if step.method == "exact":
-        return _equal(keys, rounds)
+        halves = keys.view(np.uint64)
+        return repeated(halves[:, 0], halves[:, 1], rounds)
     bands = 4 * bands_for(step.threshold, step.num_perm).count
     order = np.argsort(rounds, kind="stable")
     hashes = np.ascontiguousarray(keys[:, :bands]).view(np.uint32)
     return near_duplicates(hashes, keys[:, bands:], order, step.threshold)
-
-
-def _equal(keys: npt.NDArray[np.uint8], rounds: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-    gone = np.zeros(len(keys), bool)
-    if len(keys):
-        halves = keys.view(np.uint64)
-        by = (halves[:, 1], halves[:, 0]) if not rounds.any() else (rounds, halves[:, 1], halves[:, 0])
-        order = np.lexsort(by)  # stable: equal ones stay in their order
-        same = np.ones(len(keys) - 1, bool)
-        for half in (0, 1):
-            ordered = halves[order, half]
-            same &= ordered[1:] == ordered[:-1]
-        gone[order[1:][same]] = True
-    return gone

@@ -11,24 +11,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipelines.hashes import GOLDEN, U64, Mask, mixed, repeated
+
 U32 = npt.NDArray[np.uint32]
-U64 = npt.NDArray[np.uint64]
 Bytes = npt.NDArray[np.uint8]
-Mask = npt.NDArray[np.bool_]
 
 #: A pair at the threshold shares a band at least so often; what it shares it is then compared by.
 _RECALL = 0.98
-#: n-grams × hash functions in memory at once: 32 MiB of 64-bit values.
-_BLOCK = 1 << 22
+#: n-grams × hash functions at once: 512 KiB of 64-bit values, which stay in a core's cache (32 MiB took twice as long).
+_BLOCK = 1 << 16
 #: The minimum over no n-grams: texts without words are equal to each other and similar to nothing else.
 _NOTHING = np.uint32(0xFFFFFFFF)
 #: A run of letters and digits; where a script writes no blanks between words, each character (Han, kana).
@@ -106,7 +106,7 @@ def _ngrams(texts: Sequence[Sequence[str]], ngram: int) -> tuple[U64, npt.NDArra
     for offset in range(min(ngram, int(lengths.max()))):
         inside = offset < sizes
         at = heads[inside] + offset
-        hashes[inside] = mixed(hashes[inside] * np.uint64(0x9E3779B97F4A7C15) + words[at])
+        hashes[inside] = mixed(hashes[inside] * GOLDEN + words[at])
     return mixed(hashes) >> np.uint64(32), counts
 
 
@@ -116,17 +116,10 @@ def _hash_of(word: str) -> int:
     )
 
 
-def mixed(values: U64) -> U64:
-    """Each value's bits spread over all 64 (the finaliser of splitmix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
 @lru_cache
 def _functions(num_perm: int) -> tuple[U64, U64]:
     """Factors and addends of the hash functions."""
-    numbers = mixed(np.arange(1, 2 * num_perm + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    numbers = mixed(np.arange(1, 2 * num_perm + 1, dtype=np.uint64) * GOLDEN)
     return numbers[:num_perm], numbers[num_perm:]
 
 
@@ -135,7 +128,7 @@ def band_hashes(found: U32, bands: Bands) -> U32:
     hashes = np.zeros((len(found), bands.count), np.uint64)
     cut = found[:, : bands.count * bands.rows].reshape(len(found), bands.count, bands.rows)
     for row in range(bands.rows):
-        hashes = mixed(hashes * np.uint64(0x9E3779B97F4A7C15) + cut[:, :, row])
+        hashes = mixed(hashes * GOLDEN + cut[:, :, row])
     return (hashes >> np.uint64(32)).astype(np.uint32)
 
 
@@ -159,29 +152,55 @@ def near_duplicates(hashes: U32, low: Bytes, order: npt.NDArray[np.int64], thres
     A record is compared with those that are kept only. So all that are left are dissimilar, and to take away some of
     the others first changes nothing: what is kept stays the same.
     """
-    dropped = np.zeros(len(low), bool)
-    if not len(low):
-        return dropped
     # Equal signatures: all but the first go, whatever becomes of that one.
-    whole = np.concatenate([low[order], hashes[order].view(np.uint8).reshape(len(low), -1)], axis=1)
-    rows = np.ascontiguousarray(whole).view(np.dtype((np.void, whole.shape[1]))).reshape(-1)
-    _, first = np.unique(rows, return_index=True)
-    del whole, rows
-    left = order[np.sort(first)]
-    dropped[np.setdiff1d(order, left, assume_unique=True)] = True
-    # Of the others, those that share a band with somebody.
-    meets = np.zeros(len(left), bool)
-    for band in range(hashes.shape[1]):
-        _, codes, sizes = np.unique(hashes[left, band], return_inverse=True, return_counts=True)
-        meets |= sizes[codes] > 1
+    first, second = _digests(hashes, low)
+    dropped = np.zeros(len(low), bool)
+    dropped[order] = repeated(first[order], second[order])
+    left = order[~dropped[order]]
+    # Of the others, those that share a band with somebody; who shares a band is in one group.
+    groups, meets = _groups(hashes[left])
+    left, groups = left[meets], groups[meets]
+    # For each group the last record that was kept, and for each record the one before it: chains, and no Python objects.
+    last = np.full(int(groups.max(initial=-1)) + 1, -1, np.int32)
+    before = np.full(groups.shape, -1, np.int32)
     need = places_needed(threshold, low.shape[1])
-    kept: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-    for record in left[meets].tolist():
-        keys = list(enumerate(hashes[record].tolist()))
-        met = list({other for key in keys for other in kept.get(key, ())})
-        if met and int((low[met] == low[record]).sum(axis=1).max()) >= need:
-            dropped[record] = True
+    for record in range(len(left)):
+        bands = np.flatnonzero(groups[record] >= 0)
+        mine = groups[record, bands]
+        met, through, similar = last[mine], bands, False
+        while len(met) and not similar:
+            met, through = met[met >= 0], through[met >= 0]
+            if len(met):
+                agree = (low[left[met]] == low[left[record]]).sum(axis=1)
+                similar = bool(agree.max() >= need)
+                met = before[met, through]
+        if similar:
+            dropped[left[record]] = True
         else:
-            for key in keys:
-                kept[key].append(record)
+            before[record, bands] = last[mine]
+            last[mine] = record
     return dropped
+
+
+def _groups(hashes: U32) -> tuple[npt.NDArray[Any], Mask]:
+    """For each record and band the number of the group with this hash, -1 where it is alone in it; and who is not always
+    alone."""
+    groups: npt.NDArray[Any] = np.full(hashes.shape, -1, np.int32 if hashes.size < 2**31 else np.int64)
+    count = 0
+    for band in range(hashes.shape[1]):
+        _, codes, sizes = np.unique(hashes[:, band], return_inverse=True, return_counts=True)
+        numbers = np.where(sizes > 1, np.cumsum(sizes > 1) - 1 + count, -1)
+        groups[:, band] = numbers[codes]
+        count += int((sizes > 1).sum())
+    meets: Mask = np.max(groups, axis=1, initial=-1) >= 0
+    return groups, meets
+
+
+def _digests(hashes: U32, low: Bytes) -> tuple[U64, U64]:
+    """128 bits for each record's whole key."""
+    first, second = np.zeros(len(low), np.uint64), np.ones(len(low), np.uint64)
+    for columns in (hashes, low):
+        for column in range(columns.shape[1]):
+            first = first * GOLDEN + columns[:, column]
+            second = mixed(second + columns[:, column])
+    return first, second

@@ -46,7 +46,9 @@ class Story(NamedTuple):
 
 
 def files(names: st.SearchStrategy[str], least: int = 0) -> st.SearchStrategy[File]:
-    questions = st.lists(st.sampled_from(QUESTIONS), min_size=least, max_size=7).map(lambda more: ["what", *more])
+    questions = st.lists(st.sampled_from(QUESTIONS), min_size=least, max_size=7).map(
+        lambda more: ["what", *more]
+    )
     return st.builds(File, name=names, questions=questions, row_group=st.integers(1, 5))
 
 
