@@ -110,12 +110,14 @@ def test_what_stays_is_what_a_plain_reimplementation_keeps(story: Story, first: 
     disk, graph = Disk(), Graph(story.seed, story.in_flight)
     write(disk, first)
     job_ = loaded(story.sections, DEDUP)
-    crashes = 0
+    crashes, lives = 0, []
     for chapter in (*story.rounds, Round([], None, False)):
         for file in chapter.written:
             if f"bucket/in/{file.name}" not in disk.objects:
                 write(disk, file)
-        with in_process(Life(disk, chapter.crash_at, after=chapter.after), graph):
+        # Kept: `in_process` tells processes by their ids, and Python gives those of dead objects out again.
+        lives.append(Life(disk, chapter.crash_at, after=chapter.after))
+        with in_process(lives[-1], graph):
             try:
                 run(job_)
             except Crashed:
