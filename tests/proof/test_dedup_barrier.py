@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import jobs.dedup
 import jobs.runner
 from jobs import load, retry_failed, run
 from jobs.inspect import report_of, verify
@@ -284,6 +285,35 @@ def test_answers_that_a_dead_retry_has_left_are_told_and_compared(disk: Disk, fa
     assert live(disk, lambda: run(loaded(100, output=failed), relist=False))
     assert sound(disk)
     assert len(topics(disk)) == 6
+
+
+@pytest.mark.parametrize("failed_rows", ["inline", "separate"])
+def test_a_part_that_changes_under_the_verdict_is_compared_again(disk: Disk, failed_rows: str) -> None:
+    """The worker of a dead retry merges its answers after the keys were read."""
+    write(disk, "a.parquet", [("g", "q30"), ("h", "q31"), ("f", LONG), ("g", "q32"), ("f", "q33")])
+    output = {"failed_rows": failed_rows}
+    without_barrier(disk, lambda: run(loaded(100, output=output)))
+    other = copy(disk)
+    without_barrier(other, lambda: retry_failed(loaded(output=output)))
+    apply, seen = jobs.dedup._apply, []
+
+    def apply_late(*given: Any) -> bool:
+        if not seen:
+            merged = {path for path in other.objects if path.startswith((DATA, "bucket/out/errors/"))}
+            disk.objects.update({path: other.objects[path] for path in merged})
+        seen.append(apply(*given))
+        return seen[-1]
+
+    with mock.patch.object(jobs.dedup, "_apply", apply_late):
+        assert live(disk, lambda: run(loaded(100, output=output)))
+    assert seen[0] is False
+    assert sound(disk)
+    assert topics(disk) == [
+        ("a.parquet#0", "g", None),
+        ("a.parquet#1", "h", None),
+        ("a.parquet#4", "f", None),
+        *((*kept, None) for kept in KEPT),
+    ]
 
 
 def test_a_retry_may_not_change_what_duplicates_are(disk: Disk, failed: Any) -> None:
