@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from jobs.audit import audit, check_schemas
 from jobs.books import SUCCESS, Books, Fault, committed_shards, fold
+from jobs.dedup import duplicate_faults
 from jobs.ledger import read_runs
 from jobs.lock import held_by
 from jobs.output import read_spec
@@ -112,6 +113,7 @@ def examine(storage: Storage, record: dict[str, Any], plan: Plan, *, deep: bool)
     """Read all footers; with `deep` all rows too."""
     books = fold(storage, plan)
     faults = [*books.faults, *check_schemas(plan, books, record["identity"])]
+    faults += duplicate_faults(storage, books, record["identity"], deep=deep)
     if not deep:
         return Findings(books=books, faults=tuple(faults))
     rows = audit(storage, plan, books, record["identity"])

@@ -7,7 +7,9 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Group, RenderableType
 from rich.markup import escape
 
@@ -18,12 +20,15 @@ from jobs.spec import needed_columns
 from pipelines.advance import Advance, Reading
 from pipelines.answering import Answering, Started
 from pipelines.contracts import Shard, Work
+from pipelines.dedup import duplicates
+from pipelines.dedup_keys import make_keys
 from pipelines.engine import open_engine
 from pipelines.errors import InputError
 from pipelines.generations import Generation, pools_of
 from pipelines.listing import list_files
 from pipelines.prepare import Prepare
 from pipelines.stage import Parcel
+from pipelines.step_settings import dedup_step
 from pipelines.steps import settled
 from pipelines.tokenizer import load_tokenizer
 
@@ -53,7 +58,7 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
             }
         )
     if generate:
-        result = asyncio.run(_answered(parcel, work))
+        result = _without_duplicates(asyncio.run(_answered(parcel, work)), work)
         shown = ("generated_text", "finish_reason", "error_code", "error_message")
         added = [name for step in work.steps for name in step.adds.names]
         answers: dict[str, list[dict[str, Any]]] = {row["row_id"]: [] for row in seen}
@@ -63,6 +68,18 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
         for row in seen:
             row["answers"] = answers[row["row_id"]]
     return seen
+
+
+def _without_duplicates(result: pa.Table, work: Work) -> pa.Table:
+    """The records that a `dedup` step leaves of these; other rows of the job may take more of them away."""
+    step = dedup_step(work.steps)
+    if step is None:
+        return result
+    good = np.flatnonzero(pc.is_null(result["error_code"]).to_numpy())
+    stays = np.ones(len(result), bool)
+    keys = make_keys(result, step).keys
+    stays[good[duplicates(keys, np.zeros(len(keys), np.int32), step)]] = False
+    return result.filter(pa.array(stays))
 
 
 def _first_rows(prepare: Prepare, shards: Iterable[Shard], rows: int) -> Parcel:

@@ -74,6 +74,7 @@ class Proposal:
                     "name": name,
                     "kind": step.kind,
                     "adds": {column.name: str(column.type) for column in step.adds},
+                    **({"by": list(step.dedup.columns), "method": step.dedup.method} if step.dedup else {}),
                 }
                 for name, step in self.job.spec.named_steps.items()
             ],
@@ -131,7 +132,9 @@ class Proposal:
 
 
 def _step_words(step: dict[str, Any]) -> str:
-    """`parse (+ score int64)`."""
+    """`parse (+ score int64)`, `dedup (by question, exact)`."""
+    if step["kind"] == "dedup":
+        return f"{step['name']} (by {', '.join(step['by'])}, {step['method']})"
     added = ", ".join(f"{name} {kind}" for name, kind in step["adds"].items())
     return f"{step['name']} (+ {added})" if added else str(step["name"])
 

@@ -36,6 +36,7 @@ from pipelines.contracts import Retry, Shard
 from pipelines.errors import ROW_ERROR_CODES, JobIncomplete, SpecError
 from pipelines.part import Footer, Part, read_part
 from pipelines.settings import PoolSettings
+from pipelines.step_settings import dedup_step, step_names
 from pipelines.storage import Storage
 from pipelines.wording import unknown
 
@@ -103,6 +104,8 @@ class _RetryDriver(Driver):
     """Passes over the parts that have failed rows, until this run has merged them all."""
 
     UNDONE = "with failed rows are not merged"
+    _accepted = False
+    """`_SUCCESS` stood before this retry took it away."""
 
     def take_on(self, parts: Sequence[Part], rows: int) -> None:
         """What this retry is about; no other part is looked at until the end."""
@@ -113,6 +116,10 @@ class _RetryDriver(Driver):
     def to_the_end(self) -> Report:
         pending = self._pending()
         if pending:
+            if dedup_step(self.work.steps) is not None:
+                # Until the new answers are compared with those that stand.
+                self._accepted = self.storage.exists(SUCCESS)
+                self.storage.delete(SUCCESS)
             self._passes(pending)
         else:
             assert self.work.retry is not None
@@ -149,6 +156,8 @@ class _RetryDriver(Driver):
         self._tell("finishing")
         self.lock.check()
         books = fold(self.storage, self.plan)
+        if books.complete:
+            books = self._without_duplicates(books)
         if not books.complete:
             self.storage.delete(SUCCESS)
         if books.problems:
@@ -156,9 +165,11 @@ class _RetryDriver(Driver):
                 f"the output's books do not agree: {books.problems[0]} (`dray verify` lists all)"
             )
         self.lock.check()
-        # Fewer rows have failed than before: an output that was accepted, by whatever budget, stays so.
         accepted = self.storage.exists(SUCCESS)
-        within = books.complete and (accepted or books.totals.error_rate <= self.work.errors.max_error_rate)
+        # Fewer rows have failed than before: an output that was accepted, by whatever budget, stays so.
+        within = books.complete and (
+            accepted or self._accepted or books.totals.error_rate <= self.work.errors.max_error_rate
+        )
         self._clear(books)
         write_stats(self.storage, books)
         report = self._report(books, succeeded=within)
@@ -237,6 +248,7 @@ def _check_settings(job: LoadedJob, record: dict[str, Any], identity: dict[str, 
     had, has = ("sampling.logprobs" in of for of in (before, identity))
     if had != has:
         frozen["sampling.logprobs"] = (before.get("sampling.logprobs"), identity.get("sampling.logprobs"))
+    frozen["steps.dedup"] = (_dedup_of(before), _dedup_of(identity))
     frozen["columns of steps"] = (_step_columns(before), _step_columns(identity))
     # What a plan was made from is not in the identity.
     for section, key, default in (("input", "path", None), ("shards", "rows", "auto")):
@@ -250,6 +262,13 @@ def _check_settings(job: LoadedJob, record: dict[str, Any], identity: dict[str, 
             f"{'; '.join(changed)}: a retry may change prompt, model, sampling, pool and errors, not what is read or how "
             "it is written; run a job with a new output.path for that"
         )
+
+
+def _dedup_of(identity: dict[str, Any]) -> dict[str, Any] | None:
+    """What duplicates are in all of an output, and under which name they are counted."""
+    steps = steps_of(identity)
+    step = dedup_step(steps)
+    return None if step is None else {"name": step_names(steps)[-1], **step.model_dump(mode="json")}
 
 
 def _step_columns(identity: dict[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from jobs.books import (
 from jobs.budget import ErrorBudget
 from jobs.cluster import settle
 from jobs.connection import connected
+from jobs.dedup import drop_duplicates, read_rounds, uncompared
 from jobs.ledger import Ledger, new_run_id, read_runs
 from jobs.limits import Limits
 from jobs.loading import LoadedJob
@@ -46,6 +47,7 @@ from pipelines.metrics import tell_shards
 from pipelines.part import Footer
 from pipelines.run import EngineResources, Outcome, stream
 from pipelines.stage import Failure
+from pipelines.step_settings import dedup_step
 from pipelines.stop import StopFlag
 from pipelines.storage import Storage
 
@@ -172,8 +174,10 @@ class Driver:
         if not pending and self.storage.exists(SUCCESS):
             # A worker that outlived its driver may have put back a part since.
             clear_superseded(self.storage, self.plan)
-            self._tell("done", note=f"nothing to do: all {len(self.plan.shards):,} shards are committed")
-            return self._report(fold(self.storage, self.plan), succeeded=True)
+            books = fold(self.storage, self.plan)
+            if not self._uncompared(books):
+                self._tell("done", note=f"nothing to do: all {len(self.plan.shards):,} shards are committed")
+                return self._report(books, succeeded=True)
         self.storage.delete(SUCCESS)
         if pending:
             self._passes(pending)
@@ -374,6 +378,8 @@ class Driver:
         self.lock.check()
         clear_superseded(self.storage, self.plan)
         books = fold(self.storage, self.plan)
+        if books.complete:
+            books = self._without_duplicates(books)
         if not books.complete:
             problem = books.problems[0] if books.problems else f"{books.missing[0].part_name} is gone"
             raise JobIncomplete(f"the output's books do not agree: {problem} (`dray verify` lists all)")
@@ -389,6 +395,25 @@ class Driver:
         succeed(self.storage, report)
         self._tell("done")
         return report
+
+    def _uncompared(self, books: Books) -> bool:
+        """Whether there are answers that the job's `dedup` has not seen: a retry's worker outlived its driver."""
+        return dedup_step(self.work.steps) is not None and bool(uncompared(books, read_rounds(self.storage)))
+
+    def _without_duplicates(self, books: Books) -> Books:
+        """The books after the job's `dedup`, if it has one with anything to compare. Raises as `drop_duplicates`."""
+        if dedup_step(self.work.steps) is None:
+            return books
+        if self.storage.exists(SUCCESS) and not self._uncompared(books):
+            return books  # a retry that had nothing to do
+        return drop_duplicates(
+            self.storage,
+            self.plan,
+            books,
+            self.work,
+            check=self.lock.check,
+            notify=lambda line: self._tell("finishing", note=line),
+        )
 
     def _report(self, books: Books, *, succeeded: bool) -> Report:
         return make_report(

@@ -35,7 +35,7 @@ from pipelines.settings import (
     Settings,
     ShardSettings,
 )
-from pipelines.step_checks import check_steps
+from pipelines.step_checks import check_steps, order_problems
 from pipelines.step_settings import GenerateStep, StepSettings, step_names
 from pipelines.template import Template
 
@@ -303,6 +303,12 @@ def _source_problems(spec: JobSpec) -> list[str]:
                 compile_filter(step.filter.where, f"steps.{name}.where")
             except SpecError as error:
                 problems.append(str(error))
+        if step.dedup is not None and spec.input.on_changed == "replace":
+            problems.append(
+                f"steps.{name}: a record that was dropped as a duplicate of one in a file that changes later cannot come "
+                "back: set input.on_changed: refuse, or leave dedup to a second job"
+            )
+    problems += order_problems(spec.steps)
     return problems
 
 

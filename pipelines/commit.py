@@ -22,6 +22,7 @@ from pipelines.attempts import Attempts
 from pipelines.code import check_code
 from pipelines.contracts import FORMAT_VERSION, START_PARTS, Provenance, Work
 from pipelines.counting import count
+from pipelines.dedup_keys import keep_keys
 from pipelines.errors import ShardError
 from pipelines.generations import generations_of
 from pipelines.merge import merge
@@ -99,6 +100,7 @@ class Commit:
             provenance=self._provenance(parcel),
         )
         data, footer = build_part(self.storage, rows, footer, self.work.output)
+        keep_keys(self.storage, rows, footer, self.work.steps)
         if self.storage.create(f"data/{parcel.shard.part_name}", data):
             tell_committed(footer.stats, footer.provenance)
             return footer

@@ -11,6 +11,7 @@ See docs/decisions/0006.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -18,11 +19,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.contracts import FORMAT_VERSION, Provenance, Shard, Work
-from pipelines.counting import count, recount, tally
+from pipelines.counting import count, recount
+from pipelines.dedup_keys import keep_keys
 from pipelines.errors import PartDamaged, ShardError
 from pipelines.part import Footer, Part, Retried, build_part, part_of, raise_if_damaged, read_part, to_parquet
 from pipelines.place import places
+from pipelines.settings import OutputSettings
 from pipelines.stage import Parcel
+from pipelines.step_settings import StepSettings
 from pipelines.steps import Steps, part_schema, settled
 from pipelines.storage import Storage
 
@@ -60,19 +64,17 @@ def merge(
     Raises ShardError when the part is gone or damaged: a merge never makes a part.
     """
     assert work.retry is not None
-    began = time.monotonic()
-    shard = parcel.shard
-    name = f"data/{shard.part_name}"
-    while True:  # each refusal below means that somebody else's merge went through
-        standing = _standing(storage, shard)
+    retry, began = work.retry, time.monotonic()
+
+    def merged(standing: Standing) -> tuple[pa.Table, Footer] | None:
         before = standing.part.footer
         if before.retry_by(work.run_id):
-            return before
+            return None
         again = _still_failed(standing.rows, answers)
         records, counts = steps.run(again)
         new = settled(records)
-        rows = _replaced(standing.rows, again, new, shard, part_schema(work))
-        run_again = tally(again).rows_in
+        rows = _replaced(standing.rows, again, new, parcel.shard, part_schema(work))
+        run_again = pc.count_distinct(again["row_id"]).as_py()
         retried = replace(
             count(parcel, records, new, counts),
             rows_read=run_again,
@@ -80,29 +82,55 @@ def merge(
             rows_in=run_again,
             commit_s=time.monotonic() - began,
         )
-        after = replace(
+        return rows, replace(
             before,
             format_version=FORMAT_VERSION,
             stats=recount(before.stats, retried, rows),
             retries=(
                 *before.retries,
-                Retried(fingerprint=work.retry.fingerprint, stats=retried, provenance=provenance),
+                Retried(fingerprint=retry.fingerprint, stats=retried, provenance=provenance),
             ),
         )
+
+    return rewrite(storage, parcel.shard, merged, work.output, work.steps)
+
+
+def rewrite(
+    storage: Storage,
+    shard: Shard,
+    change: Callable[[Standing], tuple[pa.Table, Footer] | None],
+    output: OutputSettings,
+    steps: Sequence[StepSettings],
+) -> Footer:
+    """Put other rows in place of a part's, by compare-and-swap; the footer that stands afterwards.
+
+    `change` gets the part with its failed rows, and gives all rows of the new one and its footer, or None to leave the
+    part as it is. It is asked again when somebody else has changed the part meanwhile. Raises ShardError when the part is
+    gone or damaged, or the new books do not balance.
+    """
+    name = f"data/{shard.part_name}"
+    while True:  # each refusal below means that somebody else's rewriting went through
+        standing = _standing(storage, shard)
+        before = standing.part.footer
+        changed = change(standing)
+        if changed is None:
+            return before
+        rows, after = changed
         if not after.stats.balanced:
             raise ShardError(f"the books of shard {shard.id} do not balance after a merge: {after.stats}")
-        data, after = build_part(storage, rows, after, work.output)
+        data, after = build_part(storage, rows, after, output)
+        keep_keys(storage, rows, after, steps)
         if storage.replace(name, data, standing.version):
             break
     if after.errors_object:
-        _keep_errors(storage, shard, after.errors_object, rows, work)
+        _keep_errors(storage, shard, after.errors_object, rows, output)
     if before.errors_object:
         storage.delete(before.errors_object)
     return after
 
 
 @dataclass(frozen=True)
-class _Standing:
+class Standing:
     """A part as one read found it, with its failed rows wherever they are."""
 
     part: Part
@@ -110,7 +138,7 @@ class _Standing:
     rows: pa.Table
 
 
-def _standing(storage: Storage, shard: Shard, columns: list[str] | None = None) -> _Standing:
+def _standing(storage: Storage, shard: Shard, columns: list[str] | None = None) -> Standing:
     name = f"data/{shard.part_name}"
     where = storage.url(name)
     while True:
@@ -132,7 +160,7 @@ def _standing(storage: Storage, shard: Shard, columns: list[str] | None = None) 
         except PartDamaged as error:
             # One part's, not the whole retry's.
             raise ShardError(f"{error}; `dray verify --deep --repair` moves it away") from error
-        return _Standing(part, version, rows)
+        return Standing(part, version, rows)
 
 
 def _table(data: bytes, columns: list[str] | None, where: str) -> pa.Table:
@@ -169,11 +197,11 @@ def _replaced(
     return rows.take(order)
 
 
-def _keep_errors(storage: Storage, shard: Shard, name: str, rows: pa.Table, work: Work) -> None:
+def _keep_errors(storage: Storage, shard: Shard, name: str, rows: pa.Table, output: OutputSettings) -> None:
     """See that the failed rows are still where the part that stands says.
 
     Until then nothing referred to them: a driver that finishes, while this merge is the last of a killed one, clears
     such objects away.
     """
     if not storage.exists(name) and read_part(storage, shard.part_name).footer.errors_object == name:
-        storage.write(name, to_parquet(rows.filter(pc.is_valid(rows["error_code"])), work.output.compression))
+        storage.write(name, to_parquet(rows.filter(pc.is_valid(rows["error_code"])), output.compression))

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
+from pipelines.dedup import is_comparable, is_text
 from pipelines.errors import SpecError
 from pipelines.filter import compile_filter
 from pipelines.prompt_columns import prompt_columns, prompt_type_problems
 from pipelines.step_settings import StepSettings, step_names
+
+
+def order_problems(steps: Sequence[StepSettings]) -> list[str]:
+    """What is wrong with the order of the steps, one line each; needs no schema."""
+    names = step_names(tuple(steps))
+    return [
+        f"steps.{name}: dedup must be the last step, {after} follows it: give the steps behind it to a second job whose "
+        "input.path is this job's data/"
+        for (step, name), after in zip(zip(steps, names, strict=True), names[1:], strict=False)
+        if step.dedup is not None
+    ]
 
 
 def check_steps(steps: tuple[StepSettings, ...], answers: pa.Schema) -> list[str]:
@@ -53,6 +65,14 @@ def _problems(step: StepSettings, schema: pa.Schema) -> list[str]:
                 pa.types.is_boolean(type_) or pa.types.is_integer(type_) or pa.types.is_floating(type_)
             ),
         )
+    if step.dedup is not None:
+        for column in step.dedup.columns:
+            if step.dedup.method == "minhash":
+                problems += _type_problem("columns", column, schema, "text", is_text)
+            else:
+                problems += _type_problem(
+                    "columns", column, schema, "text, numbers, booleans or dates", is_comparable
+                )
     return problems
 
 

@@ -6,11 +6,13 @@ steps:
   - filter:   {where: "correct and score >= 3"}
   - select:   {by: score, keep: 1}
   - generate: {column: summary, prompt: {template: "Shorten: {{ generated_text }}"}}
+  - dedup:    {columns: [question]}
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import pyarrow as pa
@@ -162,11 +164,40 @@ class GenerateStep(Settings):
         return self
 
 
-_KINDS = ("parse", "map", "filter", "select", "generate")
+class DedupStep(Settings):
+    """Keep one of equal records, or of similar ones, among all of the job; the last step."""
+
+    columns: Annotated[tuple[Text, ...], Field(min_length=1)]
+    """What is compared. `minhash` compares one column of text."""
+    method: Literal["exact", "minhash"] = "exact"
+    """`exact`: all columns are equal. `minhash`: the texts share most of their word n-grams."""
+    normalize: bool = True
+    """Compare texts by NFKC, in lower case, with runs of white space as one blank."""
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Only for `minhash`: from which estimated Jaccard similarity of their n-grams on two texts are duplicates."""
+    ngram: PositiveInt = 3
+    """Only for `minhash`: words of an n-gram; a shorter text is one n-gram."""
+    num_perm: Annotated[int, Field(ge=16, le=1024)] = 128
+    """Only for `minhash`: hash functions; the estimate's standard error is at most `0.5 / sqrt(num_perm)`."""
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> DedupStep:
+        if self.method == "minhash" and len(self.columns) > 1:
+            raise ValueError(
+                f"minhash compares one column of text, columns names {len(self.columns)}: "
+                "name one, or join them into one with a map step"
+            )
+        strangers = self.model_fields_set & {"threshold", "ngram", "num_perm"}
+        if self.method == "exact" and strangers:
+            raise ValueError(f"{', '.join(sorted(strangers))}: only for `method: minhash`")
+        return self
+
+
+_KINDS = ("parse", "map", "filter", "select", "generate", "dedup")
 
 
 class StepSettings(Settings):
-    """One step: exactly one of `parse`, `map`, `filter`, `select`, `generate`."""
+    """One step: exactly one of `parse`, `map`, `filter`, `select`, `generate`, `dedup`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")] | None = None
     """Stands in the statistics; default: what the step does, with a number where there are several of the kind."""
@@ -180,6 +211,8 @@ class StepSettings(Settings):
     """Keep the best of each row's samples."""
     generate: GenerateStep | None = None
     """Ask a model about each record."""
+    dedup: DedupStep | None = None
+    """Keep one of equal or similar records among all of the job."""
 
     @property
     def kind(self) -> str:
@@ -201,6 +234,11 @@ class StepSettings(Settings):
             found = " and ".join(given) or "none of them"
             raise ValueError(f"give exactly one of {', '.join(_KINDS)}; found {found}")
         return self
+
+
+def dedup_step(steps: Sequence[StepSettings]) -> DedupStep | None:
+    """The `dedup` of a job; None where it has none."""
+    return next((step.dedup for step in steps if step.dedup is not None), None)
 
 
 def step_names(steps: tuple[StepSettings, ...]) -> tuple[str, ...]:

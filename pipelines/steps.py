@@ -165,6 +165,10 @@ def _ready(step: StepSettings, key: str, folders: Sequence[str]) -> Step:
         return _map(step.map, key, folders)
     if step.filter is not None:
         return _filter(step.filter, key)
+    if step.dedup is not None:
+        return lambda good: (
+            Verdict()
+        )  # needs the other shards: the driver's, once all parts stand (`jobs.dedup`)
     assert step.select is not None  # StepSettings has exactly one kind
     return _select(step.select)
 

@@ -28,9 +28,13 @@ import jobs.lock
 import jobs.runner
 import pipelines.generate
 import pipelines.storage
+from jobs.cluster import Reserved
+from jobs.spec import JobSpec
+from pipelines.advance import Between
 from pipelines.commit import Commit
 from pipelines.contracts import Shard, Work
 from pipelines.generate import Generate
+from pipelines.generations import pools_of
 from pipelines.part import Footer
 from pipelines.prepare import Prepare
 from pipelines.run import EngineResources, Outcome
@@ -186,7 +190,12 @@ class Graph:
         """Shards that dead drivers' workers had answered and not yet committed."""
 
     def stream(
-        self, shards: Sequence[Shard], work: Work, resources: EngineResources, flag: Flag, pass_: int
+        self,
+        shards: Sequence[Shard],
+        work: Work,
+        resources: Sequence[EngineResources],
+        flag: Flag,
+        pass_: int,
     ) -> Iterator[Outcome]:
         order = self.random.sample(shards, len(shards))
         if self.faults:
@@ -234,13 +243,29 @@ Stage = Callable[[pa.Table], pa.Table]
 
 @contextlib.contextmanager
 def stages(work: Work, flag: Flag) -> Iterator[tuple[Stage, Stage, Stage]]:
-    """The product's three stages, each as a plain call."""
+    """The product's stages, each as a plain call; the engines of all pools, and what is between them, as one."""
+    pools = range(len(pools_of(work)))
     with asyncio.Runner() as runner:
-        prepare, generate, commit = Prepare(work, flag), Generate(work, flag), Commit(work)  # type: ignore[arg-type]
+        prepare, commit = Prepare(work, flag), Commit(work)  # type: ignore[arg-type]
+        engines = [Generate(work, flag, pool) for pool in pools]  # type: ignore[arg-type]
+        betweens = [Between(work, pool) for pool in pools[1:]]
+
+        def generate(batch: pa.Table) -> pa.Table:
+            batch = runner.run(engines[0](batch))
+            for between, engine in zip(betweens, engines[1:], strict=True):
+                batch = runner.run(engine(between(batch)))
+            return batch
+
         try:
-            yield prepare, lambda batch: runner.run(generate(batch)), commit
+            yield prepare, generate, commit
         finally:
-            generate._starter.shutdown()
+            for engine in engines:
+                engine._starter.shutdown()
+
+
+def reserved(spec: JobSpec) -> list[Reserved]:
+    """In the place of `jobs.cluster.settle`: there is no cluster."""
+    return [Reserved(pool=one.pool, each=EngineResources(num_gpus=0, num_cpus=1)) for one in spec.pools]
 
 
 def outcome_of(batch: pa.Table) -> Outcome:
@@ -264,7 +289,7 @@ def in_process(life: Life, graph: Graph) -> Iterator[None]:
         jobs.runner: {
             "stream": graph.stream,
             "connected": lambda cluster: contextlib.nullcontext(),
-            "settle": lambda spec: (spec.pool, EngineResources(num_gpus=0, num_cpus=1)),
+            "settle": reserved,
             "StopFlag": Flag,
         },
     }

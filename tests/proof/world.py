@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 import jobs.books
 import jobs.lock
 import jobs.runner
+import pipelines.advance
 import pipelines.attempts
 import pipelines.commit
 import pipelines.storage
@@ -55,7 +56,7 @@ from pipelines.run import EngineResources, Outcome
 from pipelines.stage import Failure, Parcel
 from pipelines.storage import Storage
 from tests.local.runs import job
-from tests.proof.in_process import Flag
+from tests.proof.in_process import Flag, reserved
 from tests.proof.judge import Judge
 from tests.proof.schedule import Process, Schedule
 from tests.proof.store import Kind, Server, Stored
@@ -252,16 +253,14 @@ class World:
                 "propose": self._propose,
                 "stream": self._stream,
                 "connected": lambda cluster: contextlib.nullcontext(),
-                "settle": lambda spec: (spec.pool, EngineResources(num_gpus=0, num_cpus=1)),
+                "settle": reserved,
                 "StopFlag": Flag,
                 "OutputLock": self.judge.watched(OutputLock),
             },
             jobs.books: {"ThreadPoolExecutor": OneByOne},
             pipelines.attempts: {"ThreadPoolExecutor": OneByOne},
-            pipelines.commit: {
-                "load_tokenizer": lambda model: object(),
-                "check_code": lambda *given: None,
-            },
+            pipelines.advance: {"load_tokenizer": lambda model: object()},
+            pipelines.commit: {"check_code": lambda *given: None},
             uuid: {"uuid4": lambda: uuid.UUID(int=random.getrandbits(128), version=4)},
         }
         with contextlib.ExitStack() as patches:
@@ -285,7 +284,12 @@ class World:
         return Proposal(job=job, storage=storage, plan=plan, identity={})
 
     def _stream(
-        self, shards: Sequence[Shard], work: Work, resources: EngineResources, flag: Flag, pass_: int
+        self,
+        shards: Sequence[Shard],
+        work: Work,
+        resources: Sequence[EngineResources],
+        flag: Flag,
+        pass_: int,
     ) -> Iterator[Outcome]:
         """Two workers; some shards are run twice, some outcomes never arrive."""
         driver = self.schedule.process
@@ -352,7 +356,8 @@ class World:
             rows=pa.table({"question": ["?"] * len(ids), "row_id": ids}),
             prompts=prompts,
             generations=generations,
-            notes=NOTES | {"pass": pass_, "rows_read": len(ids), "attempt": self._attempts},
+            notes=NOTES
+            | {"pass": pass_, "rows_read": len(ids), "rows_in": len(ids), "attempt": self._attempts},
         )
 
 
@@ -362,6 +367,10 @@ NOTES: dict[str, Any] = {
     "queue_s": 0.0,
     "generate_s": 0.0,
     "preemptions": 0,
+    "repairs": 0,
+    "repair_tokens": 0,
+    "rows_reused": 0,
+    "tokens_reused": 0,
     "engine_deaths": 0,
     "latency_s": {},
     "ttft_s": {},
