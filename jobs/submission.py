@@ -256,7 +256,8 @@ def local_places(job: LoadedJob, address: str) -> list[str]:
         return []
     spec = job.spec
     inputs = [spec.input.path] if isinstance(spec.input.path, str) else list(spec.input.path)
-    return [place for place in (*inputs, spec.output.path, spec.model.source) if os.path.isabs(place)]
+    models = [model.source for model in spec.models.values()]
+    return [place for place in (*inputs, spec.output.path, *models) if os.path.isabs(place)]
 
 
 def render_runs(runs: Sequence[Submitted]) -> str:

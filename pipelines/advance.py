@@ -93,6 +93,7 @@ class Between:
         self.work = work
         pools = pools_of(work)
         self._advance = Advance(pools[pool - 1][-1], pools[pool][0])
+        self._model = pools[pool][0].work.model
         self._attempts = Attempts(
             Storage(work.output.path, work.output.storage_options), f"between-{pool}", work.run_id
         )
@@ -103,7 +104,7 @@ class Between:
             return parcel.to_batch()
         try:
             check_code(self.work.code_digest, self.work.code_path)
-            check_model_allowed(self._advance._after.work.model)  # by this machine's own policy
+            check_model_allowed(self._model)  # by this machine's own policy
             self._attempts.begin_whole(
                 self.work.attempts_key(parcel.shard),
                 parcel.notes["pass"],

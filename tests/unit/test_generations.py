@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from jobs.inspect import verify
 from jobs.preview import preview
 from jobs.proposal import checked_identity, propose
 from pipelines.errors import SpecError
-from pipelines.generations import generations_of, pools_of
-from tests.local.runs import TINY, job, rows_of, write_questions
-from tests.unit.stages import committed
+from pipelines.generations import pools_of
+from tests.local.runs import TINY, content, job, rows_of, write_questions
+from tests.unit.stages import committed, run
 
 COMMENT = {"template": "Comment on {{ generated_text }} about {{ question }}"}
 GREEDY = {"temperature": 0, "max_tokens": 12}
@@ -113,12 +114,18 @@ def test_a_record_that_cannot_be_asked_fails_alone(tmp_path: Path) -> None:
     assert verify(found.storage, deep=True)["problems"] == []
 
 
-def test_a_poisonous_record_of_a_later_generation_is_found(tmp_path: Path) -> None:
-    write_questions(tmp_path / "in", rows=3)
-    work = committed(settings(tmp_path, comment())).work("r")
-    later = generations_of(work)[1]
-    assert later.work.sampling.max_tokens == 12
-    assert (later.name, later.steps) == ("generate", ())
+def test_a_retry_goes_through_all_generations(tmp_path: Path) -> None:
+    write_questions(tmp_path / "in", rows=6)
+    one = {"sampling": {"temperature": 0, "max_tokens": 24}}
+    failed = committed(settings(tmp_path, comment(prompt={"template": "{{ question * 600 }}"}), **one))
+    assert set(rows_of(failed.folder)["error_code"].to_pylist()) == {"prompt_too_long"}
+    mended = replace(failed, settings=settings(tmp_path, comment(), **one))
+    run(mended.retry("again"), failed.plan.shards)
+    clean = committed(settings(tmp_path, comment(), out="clean", **one))
+    assert content(failed.folder) == content(clean.folder)
+    stats = [part.stats for part in _footers(failed)]
+    assert [sum(one.rows_ok for one in stats), sum(one.rows_failed for one in stats)] == [6, 0]
+    assert sum(one.steps["generate"]["in"] for one in stats) == 12  # both times
 
 
 def test_a_preview_goes_through_all_generations(tmp_path: Path) -> None:
