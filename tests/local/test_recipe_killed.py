@@ -40,7 +40,7 @@ def test_a_recipe_that_is_killed_and_taken_up_again_makes_the_same_dataset(tmp_p
         settings = job(
             tmp_path / "in", tmp_path / name, model=REAL, sampling=SAMPLING, shards={"rows": 40}, steps=steps
         )
-        path = tmp_path / f"{name}.json"
+        path = tmp_path / f"{name}.yaml"
         path.write_text(json.dumps(settings))
         return path
 
