@@ -14,11 +14,24 @@ def exact(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def agreement(record: dict[str, Any]) -> dict[str, Any]:
-    """How far the second answer says the same as the first: the F1 score of their words, as SQuAD counts it."""
-    first, second = (_words(text) for text in (record["parsed"]["answer"], record["again"]))
-    common = (first & second).total()
-    return {"agreement": 2 * common / (first.total() + second.total()) if common else 0.0}
+    """How far the second answer says the same as the first, from 0 to 1."""
+    return {"agreement": _overlap(record["parsed"]["answer"], record["again"])}
 
 
-def _words(text: str) -> Counter[str]:
-    return Counter(re.findall(r"\w+", text.lower()))
+def novelty(record: dict[str, Any]) -> dict[str, Any]:
+    """How far the task is from the nearest of those that the model was shown: 0 is one of them, 1 has no word of any."""
+    task = record["parsed"]["task"]
+    return {"novelty": 1.0 - max(_overlap(task, shown) for shown in record["tasks"])}
+
+
+def kept_numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """The share of the text's numbers that stand in the rewritten text as well; 1 where it has none."""
+    said, kept = (set(re.findall(r"\d+", text)) for text in (record["text"], record["generated_text"]))
+    return {"kept_numbers": len(said & kept) / len(said) if said else 1.0}
+
+
+def _overlap(first: str, second: str) -> float:
+    """The F1 score of the words of two texts, as SQuAD counts it."""
+    one, other = (Counter(re.findall(r"\w+", text.lower())) for text in (first, second))
+    common = (one & other).total()
+    return 2 * common / (one.total() + other.total()) if common else 0.0

@@ -45,6 +45,7 @@ def test_the_head_says_how_to_run_it_and_what_to_change(recipe: Path) -> None:
     assert len(makers) == 1
 
 
+@pytest.mark.slow  # a process, and the tokenizer's libraries
 def test_it_plans_on_its_own_input_and_renders_its_prompts(recipe: Path, tmp_path: Path) -> None:
     for _, script, *arguments in commands(recipe)[:-1]:
         subprocess.run([sys.executable, ROOT / script, *arguments], cwd=tmp_path, check=True, timeout=60)
