@@ -5,7 +5,7 @@
 A **round** names what is compared for the first time: for each part the runs that have answered rows of it. Records of
 earlier rounds win over later ones, and within a round those that come first in the plan. A record goes for one that
 stays, so who goes follows from the rounds and from what stands, also when some of those that go are gone already: after
-a crash the same is found again, and nothing needs to be undone. See docs/decisions/0008.
+a crash the same is found again, and nothing needs to be undone. See docs/decisions/0009.
 """
 
 from __future__ import annotations

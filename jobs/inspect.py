@@ -13,12 +13,14 @@ from rich.markup import escape
 from jobs.audit import audit, check_schemas
 from jobs.books import SUCCESS, Books, Fault, committed_shards, fold
 from jobs.dedup import duplicate_faults
+from jobs.fingerprint import steps_of
 from jobs.ledger import read_runs
 from jobs.lock import held_by
 from jobs.output import read_spec
 from jobs.planning import Plan, load_plan
 from jobs.report import Report, make_report
 from pipelines.errors import OutputError
+from pipelines.step_settings import step_names
 from pipelines.storage import Storage
 
 
@@ -47,6 +49,7 @@ def stored_report(storage: Storage, record: dict[str, Any], books: Books) -> Rep
         runs=read_runs(storage),
         succeeded=storage.exists(SUCCESS) and books.complete,
         max_error_rate=record["max_error_rate"],
+        steps=step_names(steps_of(record["identity"])),
     )
 
 

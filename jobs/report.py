@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -68,9 +69,12 @@ def make_report(
     runs: list[Run],
     succeeded: bool,
     max_error_rate: float,
+    steps: Iterable[str],
 ) -> Report:
-    """Fold the books into a report."""
-    stats = books.totals
+    """Fold the books into a report. `steps`: the names of the job's, in its order, which footers do not keep."""
+    totals = books.totals
+    ordered = {name: totals.steps[name] for name in steps if name in totals.steps}
+    stats = replace(totals, steps=ordered | totals.steps)
     over = books.complete and stats.error_rate > max_error_rate
     rows = [shard.rows for shard in books.shards]
     origins = [part.footer.provenance for part in books.parts]

@@ -424,6 +424,7 @@ class Driver:
             runs=read_runs(self.storage),
             succeeded=succeeded,
             max_error_rate=self.work.errors.max_error_rate,
+            steps=self.job.spec.named_steps,
         )
 
     def _tell(self, phase: str, note: str = "") -> None:

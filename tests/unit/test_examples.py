@@ -33,6 +33,8 @@ def _load(name: str) -> ModuleType:
 questions = _load("questions")
 docstrings = _load("docstrings")
 check_answers = _load("check_answers")
+corpus = _load("corpus")
+verifiers = _load("verifiers")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,46 @@ def test_docstrings_of_this_python(tmp_path: Path) -> None:
     assert table.num_rows == 100
     assert table.column_names == ["name", "module", "kind", "doc", "lang"]
     assert set(table["lang"].to_pylist()) == {"en"}
+
+
+@pytest.mark.parametrize("kind", corpus.KINDS)
+def test_a_corpus_is_the_same_rows_however_many_files_and_rows(kind: str, tmp_path: Path) -> None:
+    paths = corpus.write(kind, tmp_path / "c.parquet", rows=50, files=3)
+    table = ds.dataset(paths).to_table()
+    assert table.to_pylist() == corpus.rows_of(kind, 80)[:50]
+    assert table.to_pylist() != corpus.rows_of(kind, 50, seed=1)
+    assert len(set(table["id"].to_pylist())) == 50
+    assert "{" not in str(table.drop_columns(["id"]).to_pylist()).replace("{'", "")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "score"),
+    [
+        ("four apples", "Apples: FOUR!", 1.0),
+        ("four apples", "four", 2 / 3),
+        ("a a b", "a c", 2 / 5),
+        ("one", "two", 0.0),
+        ("", "", 0.0),
+    ],
+)
+def test_agreement_of_two_answers(first: str, second: str, score: float) -> None:
+    found = verifiers.agreement({"parsed": {"answer": first}, "again": second})
+    assert found == {"agreement": pytest.approx(score)}
+
+
+def test_novelty_is_the_distance_to_the_nearest_task() -> None:
+    shown = ["Add 2 and 3.", "Write 7 in words."]
+    of = lambda task: verifiers.novelty({"parsed": {"task": task}, "tasks": shown})["novelty"]  # noqa: E731
+    assert of("write 7 in words") == 0.0
+    assert of("Multiply four by five") == 1.0
+    assert of("Add 2 to it") == pytest.approx(0.5)
+
+
+def test_numbers_that_are_kept() -> None:
+    of = lambda text, made: verifiers.kept_numbers({"text": text, "generated_text": made})["kept_numbers"]  # noqa: E731
+    assert of("7 men, 12 boxes, 7 days", "7 days") == 0.5
+    assert of("7 men", "17 men") == 0.0
+    assert of("no number", "3") == 1.0
 
 
 def _write_answers(out: Path, texts: list[str | None], errors: list[str | None]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from jobs import load
 from jobs.fingerprint import fingerprint
-from jobs.inspect import verify
+from jobs.inspect import report_of, verify
 from jobs.preview import preview
 from jobs.proposal import checked_identity, propose
 from pipelines.errors import SpecError
@@ -98,6 +98,13 @@ def test_the_books_hold_the_tokens_of_every_generation(tmp_path: Path) -> None:
     )
     assert sum(one.steps["generate-2"]["in"] for one in stats) == len(rows) == 18
     assert sum(one.latency_s.count for one in stats) == 9 + 18 + 18
+
+
+def test_the_report_has_the_steps_in_the_jobs_order(tmp_path: Path) -> None:
+    write_questions(tmp_path / "in", rows=3)
+    keep = {"name": "a-last", "filter": {"where": "comment_completion_tokens > 0"}}
+    found = committed(settings(tmp_path, {"name": "z-first", **comment()}, keep))
+    assert list(report_of(found.storage).stats.steps) == ["z-first", "a-last"]
 
 
 def test_a_record_that_cannot_be_asked_fails_alone(tmp_path: Path) -> None:
