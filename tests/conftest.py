@@ -72,6 +72,7 @@ def no_gpu() -> str | None:
     return None
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by their folder, and skip what this machine cannot run, with the reason."""
     for item in items:
