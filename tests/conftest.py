@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -72,16 +73,27 @@ def no_gpu() -> str | None:
     return None
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by their folder, and skip what this machine cannot run, with the reason."""
     for item in items:
         folder = item.path.relative_to(HERE).parts[0]
         if folder in ("local", "gpu"):
             item.add_marker(folder)
-            # One after the other in one process, with their clusters and engines; all other tests beside it.
-            item.add_marker(pytest.mark.xdist_group("clusters"))
         if item.get_closest_marker("long") and not os.environ.get("CI"):
             item.add_marker(pytest.mark.skip(reason="takes a minute or more: CI runs it, and CI=1 make test"))
         if item.get_closest_marker("gpu") and (reason := no_gpu()):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist=loadscope`: tests that start clusters and engines one after the other in one process, all others beside."""
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ClustersTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "clusters" if nodeid.startswith(("tests/local/", "tests/gpu/")) else nodeid
+
+    return ClustersTogether(config, log)
