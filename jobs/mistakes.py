@@ -99,13 +99,19 @@ def _locate(loc: Sequence[int | str], values: dict[str, Any]) -> tuple[Key, Fiel
     field = FieldInfo.from_annotation(JobSpec)
     rest = list(loc)
     while rest:
-        part = str(rest.pop(0))
+        given = rest.pop(0)
+        if isinstance(given, int):
+            continue
+        part = str(given)
         section = _section(field)
         if section is None:
             if get_origin(field.annotation) is dict and part != "[key]":
                 return (*key, part), FieldInfo.from_annotation(get_args(field.annotation)[1])
             break
-        if len(_options(field.annotation, field.metadata)) > 1:  # `part` names a branch
+        branches = [option for option, _ in _options(field.annotation, field.metadata)]
+        if (
+            len([option for option in branches if option is not types.NoneType]) > 1
+        ):  # `part` names one of them
             if not isinstance(_at(values, key), dict):
                 break
             if section.__name__ not in part:
@@ -122,6 +128,8 @@ def _locate(loc: Sequence[int | str], values: dict[str, Any]) -> tuple[Key, Fiel
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
     for option, _ in _options(field.annotation, field.metadata):
+        if get_origin(option) is tuple:  # of steps
+            option = get_args(option)[0]
         if isinstance(option, type) and issubclass(option, BaseModel):
             return option
     return None

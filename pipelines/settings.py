@@ -269,13 +269,13 @@ class OutputSettings(Settings):
     """Input column → its name in the output; for inputs that use a result column's name."""
     compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = "zstd"
     """Compression of the parts' column chunks."""
-    provenance: bool | None = None
-    """true adds to each row what made it: `model`, `model_revision`, `prompt_sha256` (of the prompt's token ids, 32-bit
-    little-endian) and `seed` (the row's own, with `sampling.seed`), of the job's own prompt."""
     failed_rows: Literal["inline", "separate"] = "inline"
     """`separate` writes failed rows to `errors/` instead of `data/`."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """As `input.storage_options`, for the output's store."""
+    provenance: bool | None = None
+    """true adds to each row what made it: `model`, `model_revision`, `prompt_sha256` (of the prompt's token ids, 32-bit
+    little-endian) and `seed` (the row's own, with `sampling.seed`), of the job's own prompt."""
 
 
 class AdmissionSettings(Settings):

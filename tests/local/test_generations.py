@@ -73,5 +73,5 @@ def test_two_models_answer_in_one_job_and_typed_answers_are_of_their_schema(tmp_
         for name in ("completion_tokens", "card_completion_tokens", "again_completion_tokens")
     )
     assert stats.completion_tokens == spent
-    part = next((tmp_path / "out" / "data").iterdir()).name
+    part = next((tmp_path / "out" / "data").glob("*.parquet")).name
     assert read_part(storage, part).footer.provenance.engine.startswith("vllm ")

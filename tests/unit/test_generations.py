@@ -187,3 +187,23 @@ def _footers(output: Any) -> list[Any]:
     from pipelines.part import read_part
 
     return [read_part(output.storage, shard.part_name).footer for shard in output.plan.shards]
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {"lora": {}}}, "model.lora.source: missing"),
+        ({"steps": [{"generate": {"column": "a"}}]}, "steps.generate.prompt: missing"),
+        (
+            {"steps": [{"generate": {"column": "a", "prompt": {"template": "x"}, "samplin": {}}}]},
+            "steps.generate.samplin: unknown key; did you mean 'sampling'?",
+        ),
+        ({"steps": [{"frob": 1}]}, "steps.frob: unknown key; known are name, parse"),
+    ],
+)
+def test_mistakes_inside_steps_and_optional_sections_are_named(
+    tmp_path: Path, sections: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(SpecError) as told:
+        load(job(tmp_path / "in", tmp_path / "out", **sections))
+    assert words in str(told.value)

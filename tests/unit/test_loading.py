@@ -389,7 +389,7 @@ def test_a_missing_key_names_its_section() -> None:
         "job.yaml:2: input.path: missing; expected text or a list of text "
         "(a file, folder, glob or list of them; a local path or any fsspec URL)",
         "job.yaml: output: missing; expected a mapping of path, columns, rename, compression, failed_rows, "
-        "storage_options (where and how the dataset is written)",
+        "storage_options … (where and how the dataset is written)",
     ]
 
 
