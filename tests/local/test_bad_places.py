@@ -80,6 +80,7 @@ def test_a_bucket_that_does_not_exist(job_file: Path, key: str, s3: S3Server) ->
     assert "bucket" in line
 
 
+@pytest.mark.long
 def test_a_model_that_does_not_load_stops_the_job_with_its_reason(job_file: Path, tmp_path: Path) -> None:
     """Found out only by the engine: exit code 1, one line, the reason from inside vLLM."""
     broken = tmp_path / "broken"

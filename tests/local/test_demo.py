@@ -13,6 +13,7 @@ from tests.local.runs import ROOT, dray
 pytestmark = pytest.mark.timeout(300)
 
 
+@pytest.mark.long
 def test_the_demo_job_answers_its_questions(tmp_path: Path) -> None:
     def python(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=60)

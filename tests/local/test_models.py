@@ -114,6 +114,7 @@ def test_a_flipped_byte_in_the_bucket_stops_a_job_before_any_engine(
     assert "model.safetensors: its content has sha256" in asked.stderr
 
 
+@pytest.mark.long
 def test_a_job_on_a_model_in_the_bucket(
     model: str, s3: S3Server, env: dict[str, str], tmp_path: Path
 ) -> None:

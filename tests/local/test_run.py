@@ -288,6 +288,7 @@ def test_an_output_is_the_next_jobs_input_once_its_result_columns_are_renamed(tm
     assert sorted(found["first_row_id"].to_pylist()) == rows_of(tmp_path / "first")["row_id"].to_pylist()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "csv", "csv.gz"])
 def test_other_formats_give_the_same_answers(tmp_path: Path, ending: str) -> None:
     import gzip
@@ -314,6 +315,7 @@ def test_other_formats_give_the_same_answers(tmp_path: Path, ending: str) -> Non
     assert one.to_pylist() == two.to_pylist()
 
 
+@pytest.mark.long
 def test_messages_and_functions_give_the_prompt_that_the_template_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +377,7 @@ def test_a_shard_that_fails_for_good_ends_the_job_and_keeps_the_rest(tmp_path: P
     assert len(rows_of(tmp_path / "out")) == 20
 
 
+@pytest.mark.long
 def test_a_folder_called_pipelines_does_not_shadow_drays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,6 +395,7 @@ def test_a_folder_called_pipelines_does_not_shadow_drays(
     assert json.loads(done.stdout)["stats"]["rows_ok"] == 10
 
 
+@pytest.mark.long
 def test_seeds_belong_to_rows_not_to_shards(tmp_path: Path) -> None:
     write_questions(tmp_path / "in", rows=50)
     sampling = {"temperature": 1.0, "seed": 11, "n": 2}

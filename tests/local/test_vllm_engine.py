@@ -362,6 +362,7 @@ async def test_a_missing_model_is_named(tmp_path: Path) -> None:
         await VLLMEngine(ModelSettings(source=str(tmp_path / "nowhere")), SamplingSettings(), CPU).start()
 
 
+@pytest.mark.long
 @in_module_loop
 async def test_two_ranks_equal_bare_vllm_with_two_ranks_and_die_together(task: Task, bare: Answers) -> None:
     engine = VLLMEngine(_settings(task, "byte_level", TP2), SamplingSettings(**SAMPLING["greedy"]), CPU)
