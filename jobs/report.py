@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from jobs.books import Books
+from jobs.engine_use import EngineUse, engine_use
 from jobs.ledger import Run
 from pipelines.contracts import START_PARTS, ShardStats
 
@@ -36,6 +37,8 @@ class Report:
     engine_start_parts: dict[str, float | None]
     """What that start went to: `import_s`, `weights_s`, `compile_s`, `graphs_s`; None where the engine did not tell."""
     engines: tuple[str, ...]
+    engine_use: tuple[EngineUse, ...]
+    """One for each pool."""
     simulated: bool
     problems: tuple[str, ...]
     runs: tuple[Run, ...]
@@ -102,6 +105,7 @@ def make_report(
             name.removeprefix("engine_"): getattr(slowest, name) if slowest else None for name in START_PARTS
         },
         engines=tuple(sorted({f"{o.engine} on {o.device}" for o in origins})),
+        engine_use=engine_use(origins),
         simulated=any(o.engine == "simulated" for o in origins),
         problems=books.problems,
         runs=tuple(runs),
@@ -145,6 +149,8 @@ def figures(report: Report) -> dict[str, str]:
         rows_per_s = stats.rows_in / report.generating_s
         found["speed"] = f"{report.output_tokens_per_s:,.0f} output tokens/s, {rows_per_s:,.1f} rows/s"
     found["time"] = f"{report.generating_s:,.1f} s generating, engine start {start_seconds(report)}"
+    if report.engine_use:
+        found["engines busy"] = "; ".join(uses_in_words(report.engine_use))
     found["latency p50 / p95"] = f"{seconds(latency['p50'])} / {seconds(latency['p95'])}"
     if stats.cached_tokens:
         found["prefix cache"] = f"{stats.cached_tokens / stats.prompt_tokens:.1%} of prompt tokens"
@@ -160,6 +166,15 @@ def step_counts(counts: dict[str, int]) -> str:
     ends = [f"{counts[end]:,} {end}" for end in ("out", "dropped", "failed") if counts[end] or end == "out"]
     tokens = f"; {counts['completion_tokens']:,} output tokens" if "completion_tokens" in counts else ""
     return f"{counts['in']:,} records: {', '.join(ends)}{tokens}"
+
+
+def uses_in_words(pools: Sequence[EngineUse]) -> list[str]:
+    """`2 engines 93%` for each; of several each with the generations that it answered: `judge: 1 engine 61%`."""
+    engines = [f"{use.engines:,} engine{'s' if use.engines > 1 else ''} {use.busy:.0%}" for use in pools]
+    if len(pools) == 1:
+        return engines
+    names = [" and ".join(name or "prompt" for name in use.generations) for use in pools]
+    return [f"{name}: {words}" for name, words in zip(names, engines, strict=True)]
 
 
 def start_seconds(report: Report) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jobs.report import seconds
-from pipelines.contracts import Provenance, ShardStats
+from pipelines.contracts import Provenance, ShardStats, Turn
 from pipelines.histogram import GROWTH, Histogram
 from pipelines.part import Part
 
@@ -148,46 +148,46 @@ def timeline(parts: Iterable[Part]) -> Timeline:
     )
 
 
-def _works(part: Part) -> Iterable[Work]:
+def _works(part: Part) -> Iterator[Work]:
     footer = part.footer
-    retried = sum((one.stats for one in footer.retries), ShardStats(shards=0))
+    name = f"shard {footer.shard.ordinal}"
     # A footer's seconds and tokens are sums with those of its retries, so the first run's are what is left.
-    yield _work(
-        f"shard {footer.shard.ordinal}",
-        footer.provenance,
-        generate_s=footer.stats.generate_s - retried.generate_s,
-        commit_s=footer.stats.commit_s - retried.commit_s,
-        tokens=footer.stats.completion_tokens - retried.completion_tokens,
-        rows=footer.stats.rows_in,
-        failed=footer.stats.rows_failed,
-    )
+    retried = sum((one.stats for one in footer.retries), ShardStats(shards=0))
+    yield from _works_of_run(name, footer.provenance, footer.stats, retried)
     for one in footer.retries:
-        yield _work(
-            f"shard {footer.shard.ordinal}, retried",
-            one.provenance,
-            generate_s=one.stats.generate_s,
-            commit_s=one.stats.commit_s,
-            tokens=one.stats.completion_tokens,
-            rows=one.stats.rows_in,
-            failed=one.stats.rows_failed,
+        yield from _works_of_run(f"{name}, retried", one.provenance, one.stats, ShardStats(shards=0))
+
+
+def _works_of_run(name: str, origin: Provenance, stats: ShardStats, less: ShardStats) -> Iterator[Work]:
+    """One for each generation; what is not `less` of `stats` is this run's."""
+    tokens = {step: counts.get("completion_tokens", 0) for step, counts in stats.steps.items()}
+    for step, counts in less.steps.items():
+        tokens[step] -= counts.get("completion_tokens", 0)
+    tokens[""] = stats.completion_tokens - less.completion_tokens - sum(tokens.values())
+    turns = origin.turns or (_turn_before_commit(origin, stats, less),)
+    start, committed = origin.started_at, max(origin.committed_at, origin.started_at)
+    for turn in turns:
+        last = turn is turns[-1]
+        end = committed if last else max(turn.ended_at, start)
+        yield Work(
+            replica=turn.replica,
+            name=f"{name}, {turn.generation}" if turn.generation else name,
+            start=start,
+            left=min(max(turn.began_at, start), end),
+            right=min(max(turn.ended_at, start), end),
+            end=end,
+            tokens=max(tokens.get(turn.generation, 0), 0),
+            rows=stats.rows_in,
+            failed=stats.rows_failed if last else 0,
         )
+        start = end
 
 
-def _work(
-    name: str,
-    origin: Provenance,
-    *,
-    generate_s: float,
-    commit_s: float,
-    tokens: int,
-    rows: int,
-    failed: int,
-) -> Work:
-    """Counted back from the commit: how long a shard lay between two stages no footer tells, and it lies before its engine."""
-    start, end = origin.started_at, max(origin.committed_at, origin.started_at)
-    right = max(end - max(commit_s, 0.0), start)
-    left = max(right - max(generate_s, 0.0), start)
-    return Work(origin.replica, name, start, left, right, end, max(tokens, 0), rows, failed)
+def _turn_before_commit(origin: Provenance, stats: ShardStats, less: ShardStats) -> Turn:
+    """For parts without turns: counted back from the commit."""
+    ended = origin.committed_at - (stats.commit_s - less.commit_s)
+    began = ended - (stats.generate_s - less.generate_s)
+    return Turn(generation="", replica=origin.replica, began_at=began, ended_at=ended)
 
 
 def spread(items: Iterable[tuple[float, float, float]]) -> list[float]:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.admission import Gate, gate_of
-from pipelines.contracts import GENERATION_SCHEMA, Work
+from pipelines.contracts import GENERATION_SCHEMA, Turn, Work
 from pipelines.engine import Answer, Engine, EngineInfo
 from pipelines.errors import EngineDied, RowError
 from pipelines.histogram import Histogram
@@ -61,11 +61,13 @@ class Answering:
         started: Started,
         request_numbers: itertools.count[int],
         priority: int,
+        name: str = "",
     ) -> None:
+        """`priority`: shards of lower ones enter first. `name`: of the generation."""
         assert parcel.prompts is not None
         self._parcel, self._prompts = parcel, parcel.prompts
         self._work, self.started = work, started
-        self._numbers, self._priority = request_numbers, priority
+        self._numbers, self._priority, self._name = request_numbers, priority, name
         token_ids = self._prompts["token_ids"].combine_chunks()
         self._token_ids = token_ids.values.to_numpy()
         self._ends: list[int] = token_ids.offsets.to_pylist()
@@ -124,6 +126,10 @@ class Answering:
             self._results[row] = self._results[other]
         reused = [answer for row in self._same if isinstance(answer := self._results[row], Answer)]
         first = self._first_admitted or ended
+        now = time.time()
+        turn = Turn(
+            generation=self._name, replica=replica_name(), began_at=now - (ended - first), ended_at=now
+        )
         info = self.started.info
         before = self._parcel.notes  # of the generations that the shard has behind it
         latency = Histogram.of(self._latencies) + Histogram.from_dict(before.get("latency_s", {}))
@@ -147,7 +153,8 @@ class Answering:
             repairs=self._structured.spent.repairs + before.get("repairs", 0),
             repair_tokens=self._structured.spent.tokens + before.get("repair_tokens", 0),
             preemptions=sum(a.preemptions for a in answers) + before.get("preemptions", 0),
-            replica=replica_name(),
+            turns=[*before.get("turns", []), asdict(turn)],
+            replica=turn.replica,
             engine=info.name,
             device=info.device,
             engine_start_s=info.start_s,

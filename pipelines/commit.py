@@ -20,7 +20,7 @@ from pipelines import __version__
 from pipelines.advance import Reading
 from pipelines.attempts import Attempts
 from pipelines.code import check_code
-from pipelines.contracts import FORMAT_VERSION, START_PARTS, Provenance, Work
+from pipelines.contracts import FORMAT_VERSION, START_PARTS, Provenance, Turn, Work
 from pipelines.counting import count
 from pipelines.dedup_keys import keep_keys
 from pipelines.errors import ShardError
@@ -130,4 +130,5 @@ class Commit:
             engine_ready_at=parcel.notes["engine_ready_at"],
             **{name: parcel.notes[name] for name in START_PARTS},
             committed_at=time.time(),
+            turns=tuple(Turn(**turn) for turn in parcel.notes["turns"]),
         )

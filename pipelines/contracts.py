@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -357,6 +358,19 @@ START_PARTS = ("engine_import_s", "engine_weights_s", "engine_compile_s", "engin
 
 
 @dataclass(frozen=True, kw_only=True)
+class Turn:
+    """A shard's time in one engine, for one generation."""
+
+    generation: str
+    """Name of the `generate` step; `""` for the job's own prompt."""
+    replica: str
+    began_at: float
+    """Unix time at which the first of the shard's requests was admitted."""
+    ended_at: float
+    """Unix time at which the last was answered."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Who made a part: stands in its footer and in `stats/shards.parquet`, is not summed."""
 
@@ -383,3 +397,10 @@ class Provenance:
     engine_compile_s: float | None = None
     engine_graphs_s: float | None = None
     committed_at: float = 0.0
+    turns: tuple[Turn, ...] = ()
+    """One for each generation, in their order; the other fields on engines are of the last one. Parts written before
+    there were any have none."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Provenance:
+        return cls(**{**data, "turns": tuple(Turn(**turn) for turn in data.get("turns", ()))})

@@ -185,7 +185,7 @@ class Generate:
             if generation.index not in self._serving:
                 self._serving[generation.index] = started.serving(generation.work)
             started = self._serving[generation.index]
-        return Answering(parcel, generation.work, started, self._request_numbers, arrival)
+        return Answering(parcel, generation.work, started, self._request_numbers, arrival, generation.name)
 
     @asynccontextmanager
     async def _holding(self, shard: str, attempt: Attempt) -> AsyncIterator[None]:

@@ -44,7 +44,7 @@ class Retried:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Retried:
         stats = ShardStats.from_dict(data["stats"])
-        return cls(**{**data, "stats": stats, "provenance": Provenance(**data["provenance"])})
+        return cls(**{**data, "stats": stats, "provenance": Provenance.from_dict(data["provenance"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class Footer:
                 **data,
                 "shard": Shard.from_json(json.dumps(data["shard"])),
                 "stats": ShardStats.from_dict(data["stats"]),
-                "provenance": Provenance(**data["provenance"]),
+                "provenance": Provenance.from_dict(data["provenance"]),
                 "retries": tuple(map(Retried.from_dict, data.get("retries", ()))),
             }
         )

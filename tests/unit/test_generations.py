@@ -100,6 +100,20 @@ def test_the_books_hold_the_tokens_of_every_generation(tmp_path: Path) -> None:
     assert sum(one.latency_s.count for one in stats) == 9 + 18 + 18
 
 
+def test_the_footer_tells_which_engine_had_the_shard_when(tmp_path: Path) -> None:
+    write_questions(tmp_path / "in", rows=9)
+    found = committed(settings(tmp_path, comment(model=OTHER)))
+    for footer in _footers(found):
+        first, second = footer.provenance.turns
+        assert (first.generation, second.generation) == ("", "generate")
+        assert first.began_at <= first.ended_at <= second.began_at <= second.ended_at
+        assert second.ended_at <= footer.provenance.committed_at
+        assert second.replica == footer.provenance.replica
+    (used,) = report_of(found.storage).engine_use  # both engines are in this process
+    assert used.generations == ("", "generate")
+    assert 0 < used.busy <= 1
+
+
 def test_the_report_has_the_steps_in_the_jobs_order(tmp_path: Path) -> None:
     write_questions(tmp_path / "in", rows=3)
     keep = {"name": "a-last", "filter": {"where": "comment_completion_tokens > 0"}}

@@ -19,6 +19,7 @@ from jobs.report_charts import BINS, DRAWN, LANES, Axis, duration, of_lengths, q
 from jobs.report_compare import Figure, compared, cost_of, differing_settings
 from jobs.report_html import Facts, facts_of, render_html
 from jobs.spec import CostSettings
+from pipelines.contracts import Turn
 from pipelines.settings import ModelSettings
 from tests.local.runs import job
 from tests.unit.stages import Output, committed, planned
@@ -76,7 +77,11 @@ def many(facts: Facts, count: int) -> Facts:
             footer=replace(
                 part.footer,
                 provenance=replace(
-                    part.footer.provenance, replica=f"{EVIL}{n % 64}", started_at=n, committed_at=n + 5.0
+                    part.footer.provenance,
+                    replica=f"{EVIL}{n % 64}",
+                    started_at=n,
+                    committed_at=n + 5.0,
+                    turns=(Turn(generation="", replica=f"{EVIL}{n % 64}", began_at=n + 1, ended_at=n + 4),),
                 ),
             ),
         )
