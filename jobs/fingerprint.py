@@ -55,7 +55,7 @@ def identity(job: LoadedJob, folders: Sequence[str] = ()) -> dict[str, Any]:
             for key in counted if counted is not None else values:
                 _add(found, (section, key), values[key], job)
     for key, model in job.spec.models.items():
-        found |= _model_identity(key, model, job)
+        found |= model_identity(key, model, job)
     if job.spec.steps:
         found["steps"] = [_step_identity(step) for step in job.spec.steps]
     for key, function in job.spec.functions.items():
@@ -63,7 +63,7 @@ def identity(job: LoadedJob, folders: Sequence[str] = ()) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-def _model_identity(key: str, model: ModelSettings, job: LoadedJob) -> dict[str, Any]:
+def model_identity(key: str, model: ModelSettings, job: LoadedJob) -> dict[str, Any]:
     """A model's part of an `identity`; `key` is where it stands in the job file."""
     found: dict[str, Any] = {}
     values = model.model_dump(mode="json")

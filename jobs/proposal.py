@@ -21,6 +21,7 @@ from jobs.output import check_claim, claim, read_spec
 from jobs.output_schemas import json_columns
 from jobs.pinning import described, pinned
 from jobs.planning import Plan, extend, load_plan, new_plan, save_plan, summary
+from jobs.reuse import reuse_of
 from jobs.spec import JobSpec, check_against_schema, needed_columns
 from pipelines.code import code_digest, code_path, load_function, user_folders
 from pipelines.contracts import InputFile, Work
@@ -208,6 +209,7 @@ def work_of(job: LoadedJob, schema: pa.Schema, *, fingerprint: str, run_id: str)
         errors=spec.errors,
         input_schema=schema,
         steps=spec.steps,
+        reuse=reuse_of(job),
     )
 
 

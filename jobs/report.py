@@ -142,8 +142,8 @@ def figures(report: Report) -> dict[str, str]:
     found |= {f"step {name}": step_counts(counts) for name, counts in stats.steps.items()}
     found["tokens in / out"] = f"{stats.prompt_tokens:,} / {stats.completion_tokens:,}"
     if stats.rows_reused:
-        found["answered once"] = (
-            f"{stats.rows_reused:,} repeated prompts, {stats.tokens_reused:,} output tokens not generated again"
+        found["reused"] = (
+            f"{stats.rows_reused:,} answers, {stats.tokens_reused:,} output tokens not generated again"
         )
     if report.output_tokens_per_s is not None:
         rows_per_s = stats.rows_in / report.generating_s

@@ -31,6 +31,7 @@ from jobs.output import succeed, write_card, write_stats
 from jobs.planning import Plan
 from jobs.proposal import propose, work_of
 from jobs.report import Report, make_report
+from jobs.reuse import KEPT, kept_in
 from jobs.shared_ledger import announcer
 from jobs.stopping import StopRequest
 from pipelines.attempts import clear_attempts
@@ -43,6 +44,7 @@ from pipelines.errors import (
     LimitReached,
 )
 from pipelines.generations import with_pools
+from pipelines.kept import KeptIn
 from pipelines.metrics import tell_shards
 from pipelines.part import Footer
 from pipelines.run import EngineResources, Outcome, stream
@@ -168,6 +170,7 @@ class Driver:
         self.budget = ErrorBudget(work.errors, self.rows_total, storage.url())
         self.limits = Limits(job.spec.budget, storage.url())
         self.meter = Meter(work.run_id)
+        self.kept_in: KeptIn = {}
 
     def to_the_end(self) -> Report:
         pending = self._pending()
@@ -185,6 +188,10 @@ class Driver:
 
     def _passes(self, pending: list[Shard]) -> None:
         """Stream what is pending until nothing is."""
+        if self.work.reuse is not None:
+            self.kept_in = kept_in(self.work, self.plan, pending)
+            if self.work.reuse.keep:
+                self.storage.create(KEPT, b"")
         self._tell("starting")
         with connected(self.job.spec.cluster):
             reserved = settle(self.job.spec)
@@ -258,7 +265,8 @@ class Driver:
         flag = StopFlag()
         try:
             with self.stop.graceful():
-                for outcome in self._until_stopped(stream(pending, self.work, resources, flag, pass_), flag):
+                outcomes = stream(pending, self.work, resources, flag, pass_, self.kept_in)
+                for outcome in self._until_stopped(outcomes, flag):
                     heard.add(outcome.shard_id)
                     self._take(outcome)
         except ray.exceptions.RayError as error:

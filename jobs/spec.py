@@ -31,6 +31,7 @@ from pipelines.settings import (
     OutputSettings,
     PoolSettings,
     PromptSettings,
+    ReuseSettings,
     SamplingSettings,
     Settings,
     ShardSettings,
@@ -117,6 +118,8 @@ class JobSpec(Settings):
     """When the job runs by itself."""
     budget: BudgetSettings = BudgetSettings()
     """How much the job may use before a run stops."""
+    reuse: ReuseSettings = ReuseSettings()
+    """Answers that need not be asked for again."""
     steps: tuple[StepSettings, ...] = ()
     """What is made of the answers before they are written, in this order."""
 

@@ -9,9 +9,10 @@ import os
 import socket
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -62,8 +63,10 @@ class Answering:
         request_numbers: itertools.count[int],
         priority: int,
         name: str = "",
+        recalled: Mapping[int, Answer] = MappingProxyType({}),
     ) -> None:
-        """`priority`: shards of lower ones enter first. `name`: of the generation."""
+        """`priority`: shards of lower ones enter first. `name`: of the generation. `recalled`: answers that are there
+        already, by position."""
         assert parcel.prompts is not None
         self._parcel, self._prompts = parcel, parcel.prompts
         self._work, self.started = work, started
@@ -72,12 +75,13 @@ class Answering:
         self._token_ids = token_ids.values.to_numpy()
         self._ends: list[int] = token_ids.offsets.to_pylist()
         self._max_tokens: list[int | None] = self._prompts["max_tokens"].to_pylist()
-        asked: list[int] = np.flatnonzero(token_ids.is_valid()).tolist()
+        self._recalled = recalled
+        asked = [row for row in np.flatnonzero(token_ids.is_valid()).tolist() if row not in recalled]
         self._same = self._repeats(asked) if work.sampling.temperature == 0 else {}
         """Rows whose answer is that of another row, by position."""
         self.answerable = [row for row in asked if row not in self._same]
-        """Positions of the rows that are to be answered: those that have a prompt, each greedy one once."""
-        self._results: list[Answer | RowError | None] = [None] * len(self._prompts)
+        """Positions of the rows that are to be answered: those that have a prompt and no answer, each greedy one once."""
+        self._results: list[Answer | RowError | None] = [*map(recalled.get, range(len(self._prompts)))]
         self._latencies: list[float] = []
         self._structured = Structured(work.sampling)
         self._began = time.monotonic()
@@ -121,10 +125,11 @@ class Answering:
     def parcel(self, *, attempt: int, engine_deaths: int) -> Parcel:
         """The shard with its generations; every answerable row must have been run or failed. Blocks for the table."""
         ended = time.monotonic()
-        answers = [result for result in self._results if isinstance(result, Answer)]
+        answers = [answer for row in self.answerable if isinstance(answer := self._results[row], Answer)]
         for row, other in self._same.items():
             self._results[row] = self._results[other]
-        reused = [answer for row in self._same if isinstance(answer := self._results[row], Answer)]
+        not_asked = (*self._same, *self._recalled)
+        reused = [answer for row in not_asked if isinstance(answer := self._results[row], Answer)]
         first = self._first_admitted or ended
         now = time.time()
         turn = Turn(

@@ -120,6 +120,17 @@ class Retry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reuse:
+    """What becomes of answers beyond this run, see `pipelines.kept`."""
+
+    keep: bool
+    sources: tuple[str, ...]
+    """URLs of earlier outputs."""
+    digests: tuple[str, ...]
+    """For each generation, of its model and sampling settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """All that a worker needs to know of a job; built once by the driver, the same for every shard."""
 
@@ -142,6 +153,8 @@ class Work:
     """The input columns that are read, pinned at the first plan."""
     steps: tuple[StepSettings, ...] = ()
     """What is made of the answers before they are written."""
+    reuse: Reuse | None = None
+    """Set: answers are kept, or looked for among those kept before."""
     retry: Retry | None = None
     """Set: only failed rows are run, and their results are merged into the parts that stand."""
 
@@ -287,9 +300,10 @@ class ShardStats:
     commit_s: float = 0.0
     preemptions: int = 0
     rows_reused: int = 0
-    """Greedy prompts that another row of the shard has as well: asked once. All generations together."""
+    """Prompts that were not asked: greedy ones that another row of the shard has as well, and those with an answer kept
+    before (`reuse`). All generations together."""
     tokens_reused: int = 0
-    """Output tokens of these, which count in `completion_tokens` and were not generated."""
+    """Output tokens of their answers, which count in `completion_tokens` and were not generated."""
     repairs: int = 0
     """Requests made again because the answer was not what `sampling` asks of it; their tokens count as `repair_tokens`."""
     repair_tokens: int = 0

@@ -35,6 +35,7 @@ from pipelines.contracts import Work
 from pipelines.engine import open_engine
 from pipelines.errors import EngineDied, EngineStartError, RowError, Stopped
 from pipelines.generations import Generation, pools_of
+from pipelines.kept import KeptAnswers
 from pipelines.merge import is_committed
 from pipelines.metrics import INTERVAL_S, EngineMetrics
 from pipelines.orphans import end_with_parent, end_with_this_process
@@ -68,7 +69,7 @@ class Generate:
         killed with it."""
         self._generations = pools_of(work)[pool]
         self._advances = [Advance(*pair) for pair in itertools.pairwise(self._generations)]
-        self.work = work = self._generations[0].work
+        whole, self.work = work, (work := self._generations[0].work)
         if own_process:
             end_with_parent()
         if work.model.backend == "simulated":
@@ -77,6 +78,12 @@ class Generate:
             end_with_this_process()
         self.storage = Storage(work.output.path, work.output.storage_options)
         self.attempts = Attempts(self.storage, f"generate-{pool}" if pool else "generate", work.run_id)
+        self._kept = (
+            {}
+            if work.reuse is None or work.retry
+            else {generation.index: KeptAnswers(whole, generation) for generation in self._generations}
+        )
+        """By the generation's index."""
         self._stop = stop
         self._stopping = False
         self._serving: dict[int, Started] = {}
@@ -150,7 +157,7 @@ class Generate:
             answering = await self._answering(parcel, generation, arrival)
             async with self._holding(shard, attempt):
                 await answering.run(answering.answerable)
-            parcel = await asyncio.to_thread(answering.parcel, attempt=attempt.number, engine_deaths=deaths)
+            parcel = await asyncio.to_thread(self._answered, answering, generation, attempt.number, deaths)
         return parcel
 
     async def _in_groups(self, parcel: Parcel, arrival: int, history: History) -> Parcel:
@@ -172,7 +179,14 @@ class Generate:
                 number = attempt.number
                 async with self._holding(shard, attempt):
                     await answering.run(rows)
-            parcel = await asyncio.to_thread(answering.parcel, attempt=number, engine_deaths=deaths)
+            parcel = await asyncio.to_thread(self._answered, answering, generation, number, deaths)
+        return parcel
+
+    def _answered(self, answering: Answering, generation: Generation, attempt: int, deaths: int) -> Parcel:
+        """The shard with the generation's answers, which are kept where the job says so."""
+        parcel = answering.parcel(attempt=attempt, engine_deaths=deaths)
+        if kept := self._kept.get(generation.index):
+            kept.keep(parcel)
         return parcel
 
     async def _answering(self, parcel: Parcel, generation: Generation, arrival: int) -> Answering:
@@ -185,7 +199,11 @@ class Generate:
             if generation.index not in self._serving:
                 self._serving[generation.index] = started.serving(generation.work)
             started = self._serving[generation.index]
-        return Answering(parcel, generation.work, started, self._request_numbers, arrival, generation.name)
+        kept = self._kept.get(generation.index)
+        recalled = await asyncio.to_thread(kept.recall, parcel) if kept else {}
+        return Answering(
+            parcel, generation.work, started, self._request_numbers, arrival, generation.name, recalled
+        )
 
     @asynccontextmanager
     async def _holding(self, shard: str, attempt: Attempt) -> AsyncIterator[None]:

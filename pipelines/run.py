@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ from pipelines.commit import Commit
 from pipelines.contracts import Shard, Work
 from pipelines.generate import Generate
 from pipelines.generations import pools_of
+from pipelines.kept import KeptIn
 from pipelines.part import Footer
 from pipelines.prepare import Prepare
 from pipelines.stage import Failure, Parcel
@@ -44,20 +46,28 @@ class EngineResources:
 
 
 def stream(
-    shards: Sequence[Shard], work: Work, resources: Sequence[EngineResources], stop: StopFlag, pass_: int
+    shards: Sequence[Shard],
+    work: Work,
+    resources: Sequence[EngineResources],
+    stop: StopFlag,
+    pass_: int,
+    kept_in: KeptIn = MappingProxyType({}),
 ) -> Iterator[Outcome]:
     """Run shards through prepare → generate → commit on the connected Ray cluster; outcomes as they come.
 
     `resources`: for each of `generations.pools_of(work)`; between two pools is a stage of its own (`advance.Between`).
     `pass_`: how often this run has called here before; within one pass only Ray repeats a shard (`attempts`). Once
     `stop` is set, shards come back with the failure `Stopped`. The largest shards go first, so that the tail is short.
-    A shard without an outcome is the caller's to notice.
+    `kept_in`: where `pipelines.kept` is to look. A shard without an outcome is the caller's to notice.
     """
     _configure(work)
     largest_first = sorted(shards, key=lambda shard: (-(shard.rows or 0), -shard.bytes, shard.ordinal))
     # One row per block, or Ray packs rows together: several shards in one call, delivered at its end.
     dataset: ray.data.Dataset = ray.data.from_items(
-        [Parcel.row(shard, **{"pass": pass_}) for shard in largest_first],
+        [
+            Parcel.row(shard, **{"pass": pass_, "kept_in": kept_in.get(shard.id, ())})
+            for shard in largest_first
+        ],
         override_num_blocks=len(shards),
     )
     each: dict[str, Any] = {

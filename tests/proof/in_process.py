@@ -35,6 +35,7 @@ from pipelines.commit import Commit
 from pipelines.contracts import Shard, Work
 from pipelines.generate import Generate
 from pipelines.generations import pools_of
+from pipelines.kept import KeptIn
 from pipelines.part import Footer
 from pipelines.prepare import Prepare
 from pipelines.run import EngineResources, Outcome
@@ -196,6 +197,7 @@ class Graph:
         resources: Sequence[EngineResources],
         flag: Flag,
         pass_: int,
+        kept_in: KeptIn,
     ) -> Iterator[Outcome]:
         order = self.random.sample(shards, len(shards))
         if self.faults:
@@ -211,7 +213,13 @@ class Graph:
             with stages(work, flag) as (prepare, generate, commit):
                 for shard in order:
                     self.commit_zombies()
-                    batch = generate(prepare(pa.Table.from_pylist([Parcel.row(shard, **{"pass": pass_})])))
+                    batch = generate(
+                        prepare(
+                            pa.Table.from_pylist(
+                                [Parcel.row(shard, **{"pass": pass_, "kept_in": kept_in.get(shard.id, ())})]
+                            )
+                        )
+                    )
                     parcel = Parcel.from_batch(batch)
                     self.generated[shard.id] += parcel.generations is not None
                     waiting.append(batch)

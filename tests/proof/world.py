@@ -51,6 +51,7 @@ from pipelines.errors import (
     OutputLocked,
     TransientStorageError,
 )
+from pipelines.kept import KeptIn
 from pipelines.part import FOOTER_KEY, Footer, part_of
 from pipelines.run import EngineResources, Outcome
 from pipelines.stage import Failure, Parcel
@@ -290,6 +291,7 @@ class World:
         resources: Sequence[EngineResources],
         flag: Flag,
         pass_: int,
+        kept_in: KeptIn,
     ) -> Iterator[Outcome]:
         """Two workers; some shards are run twice, some outcomes never arrive."""
         driver = self.schedule.process

@@ -7,6 +7,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from pipelines.commit import Commit
 from pipelines.contracts import Retry, Shard, Work
 from pipelines.generate import Generate
 from pipelines.generations import pools_of
+from pipelines.kept import KeptIn
 from pipelines.part import Footer
 from pipelines.prepare import Prepare
 from pipelines.stage import Parcel
@@ -64,10 +66,14 @@ def committed(settings: Mapping[str, Any], run_id: str = "first") -> Output:
     return output
 
 
-def generated(work: Work, shards: Sequence[Shard], pass_: int = 0) -> list[pa.Table]:
+def generated(
+    work: Work, shards: Sequence[Shard], pass_: int = 0, kept_in: KeptIn = MappingProxyType({})
+) -> list[pa.Table]:
     """Batches as they come to the commit stage."""
     prepare, generate = Prepare(work), engines(work)
-    prepared = [prepare(pa.Table.from_pylist([Parcel.row(shard, **{"pass": pass_})])) for shard in shards]
+    notes = [{"pass": pass_, "kept_in": kept_in.get(shard.id, ())} for shard in shards]
+    rows = [Parcel.row(shard, **noted) for shard, noted in zip(shards, notes, strict=True)]
+    prepared = [prepare(pa.Table.from_pylist([row])) for row in rows]
 
     async def answer() -> list[pa.Table]:
         return [await generate(batch) for batch in prepared]
@@ -99,6 +105,8 @@ def merge(work: Work, batch: pa.Table, storage: Storage | None = None) -> Footer
     return Footer.from_json(row["footer"], "")
 
 
-def run(work: Work, shards: Sequence[Shard], pass_: int = 0) -> list[Footer]:
+def run(
+    work: Work, shards: Sequence[Shard], pass_: int = 0, kept_in: KeptIn = MappingProxyType({})
+) -> list[Footer]:
     """All stages."""
-    return [merge(work, batch) for batch in generated(work, shards, pass_)]
+    return [merge(work, batch) for batch in generated(work, shards, pass_, kept_in)]

@@ -1,0 +1,138 @@
+"""Answers kept beside an output, so that a later job that asks the same need not ask again: `reuse` in the job file.
+
+    .dray/answers/<digest>-<k>/<part name>      all answers of one generation to one shard
+
+`digest` stands for the model and the sampling settings, `k` counts the generations of a job that share them. Within a file
+an answer has the key of its request: the prompt's tokens, the row's own token limit, and, unless decoding is greedy, the
+row, so that two rows with one prompt keep their two answers. Steps, and how the prompt came about, are in no key: who
+edits a later step finds what the earlier ones asked. Files can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import logging
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.contracts import GENERATION_SCHEMA, Work
+from pipelines.engine import Answer, Sample
+from pipelines.generations import Generation, generations_of
+from pipelines.stage import Parcel
+from pipelines.storage import Storage
+
+_log = logging.getLogger(__name__)
+
+#: Shard id → (index of the source in `contracts.Reuse.sources`, name of a part of it), for parts that may hold answers to it.
+KeptIn = Mapping[str, Sequence[tuple[int, str]]]
+
+_KEY_BYTES = 16
+_ANSWER = [field for field in GENERATION_SCHEMA if field.name not in ("row", "error_code", "error_message")]
+KEPT_SCHEMA = pa.schema([pa.field("key", pa.binary(_KEY_BYTES), nullable=False), *_ANSWER])
+
+
+class KeptAnswers:
+    """What one generation of a job finds kept, and keeps."""
+
+    def __init__(self, work: Work, generation: Generation) -> None:
+        assert work.reuse is not None
+        options = work.output.storage_options
+        self._own = Storage(work.output.path, options)
+        self._sources = [Storage(url, options) for url in work.reuse.sources]
+        self._keep = work.reuse.keep
+        digests = [work.reuse.digests[one.index] for one in generations_of(work)]
+        self._digest = digests[generation.index]
+        self._k = digests[: generation.index].count(self._digest)
+        self._greedy = generation.work.sampling.temperature == 0
+
+    def recall(self, parcel: Parcel) -> dict[int, Answer]:
+        """Position of a prompt → its kept answer, for all that have one. Blocks."""
+        wanted: dict[bytes, list[int]] = {}
+        for row, key in self._keys(parcel.prompts):
+            wanted.setdefault(key, []).append(row)
+        found: dict[int, Answer] = {}
+        for storage, part in self._places(parcel):
+            for k in itertools.count():
+                kept = _read(storage, f"{_folder(self._digest, k)}/{part}")
+                if kept is None or not wanted:
+                    break
+                for key, answer in _answers(kept, wanted.keys()):
+                    found.update(dict.fromkeys(wanted.pop(key, ()), answer))
+        return found
+
+    def keep(self, parcel: Parcel) -> None:
+        """Write the shard's answers of this generation. Blocks."""
+        if not self._keep:
+            return
+        assert parcel.generations is not None
+        answered = parcel.generations.filter(pc.is_null(parcel.generations["error_code"]))
+        keys = dict(self._keys(parcel.prompts))
+        columns = [answered[field.name] for field in _ANSWER]
+        key = pa.array([keys[row] for row in answered["row"].to_pylist()], KEPT_SCHEMA.field("key").type)
+        sink = io.BytesIO()
+        pq.write_table(pa.table([key, *columns], schema=KEPT_SCHEMA), sink, compression="zstd")
+        self._own.write(f"{_folder(self._digest, self._k)}/{parcel.shard.part_name}", sink.getvalue())
+
+    def _places(self, parcel: Parcel) -> Iterator[tuple[Storage, str]]:
+        """Where answers to this shard's prompts may be: what an earlier attempt kept, then what the driver has found."""
+        if self._keep:
+            yield self._own, parcel.shard.part_name
+        for source, part in parcel.notes.get("kept_in", ()):
+            yield self._sources[source], part
+
+    def _keys(self, prompts: pa.Table | None) -> Iterator[tuple[int, bytes]]:
+        """(position, key) of each row that has a prompt."""
+        assert prompts is not None
+        columns = (prompts[name].to_pylist() for name in ("row_id", "max_tokens"))
+        for row, (row_id, limit, ids) in enumerate(zip(*columns, prompts["token_ids"], strict=True)):
+            if ids.is_valid:
+                whose = "" if self._greedy else row_id
+                digest = hashlib.blake2b(f"{limit}\0{whose}\0".encode(), digest_size=_KEY_BYTES)
+                digest.update(ids.values.to_numpy().tobytes())
+                yield row, digest.digest()
+
+
+def _folder(digest: str, k: int) -> str:
+    return f".dray/answers/{digest}-{k}"
+
+
+def _read(storage: Storage, name: str) -> pa.Table | None:
+    """None where there is no such file; nor is a damaged one any use."""
+    try:
+        with storage.open_input(name) as file:
+            return pq.read_table(file)
+    except FileNotFoundError:
+        return None
+    except pa.ArrowInvalid as error:
+        _log.warning("%s is damaged, its answers are asked for again: %s", storage.url(name), error)
+        return None
+
+
+def _answers(kept: pa.Table, wanted: Iterable[bytes]) -> Iterator[tuple[bytes, Answer]]:
+    """The answers with these keys; a file has the samples of one answer together, in their order."""
+    keys = pa.array(list(wanted), kept.schema.field("key").type)
+    rows = kept.filter(pc.is_in(kept["key"], value_set=keys)).to_pylist()
+    for key, group in itertools.groupby(rows, lambda row: row["key"]):
+        samples = list(group)
+        yield (
+            key,
+            Answer(
+                samples=[
+                    Sample(
+                        token_ids=array("i", sample["token_ids"]),
+                        text=sample["text"],
+                        finish_reason=sample["finish_reason"],
+                        logprobs=sample["logprobs"],
+                    )
+                    for sample in samples
+                ],
+                cached_tokens=samples[0]["cached_tokens"],
+                ttft_s=None,
+            ),
+        )
