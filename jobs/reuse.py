@@ -32,14 +32,14 @@ _FORM = 1
 def reuse_of(job: LoadedJob) -> Reuse | None:
     """None for a job that neither keeps answers nor takes any."""
     settings = job.spec.reuse
-    keep = bool(settings.from_) if settings.keep is None else settings.keep
-    if not keep and not settings.from_:
+    keep = bool(settings.outputs) if settings.keep is None else settings.keep
+    if not keep and not settings.outputs:
         return None
     asked = [("model", job.spec.sampling)]
     for key, step in job.spec.generate_steps.items():
         asked.append((f"{key}.model" if step.model else "model", step.sampling))
     return Reuse(
-        keep=keep, sources=settings.from_, digests=tuple(_digest(job, key, how) for key, how in asked)
+        keep=keep, sources=settings.outputs, digests=tuple(_digest(job, key, how) for key, how in asked)
     )
 
 
@@ -63,12 +63,12 @@ def _content(value: Any) -> Any:
 
 
 def kept_in(work: Work, plan: Plan, shards: Sequence[Shard]) -> KeptIn:
-    """Which parts of `reuse.from` to look into for these shards of the plan. Raises SpecError for a source without answers."""
+    """Which parts of `reuse.outputs` to look into for these shards of the plan. Raises SpecError for a source without answers."""
     found: dict[str, list[tuple[int, str]]] = {}
     sources = work.reuse.sources if work.reuse else ()
     now = _extents(plan) if sources else {}
     for number, url in enumerate(sources):
-        old = _kept_plan(Storage(url, work.output.storage_options), f"reuse.from[{number}]")
+        old = _kept_plan(Storage(url, work.output.storage_options), f"reuse.outputs[{number}]")
         before, places = _extents(old), _Places(old)
         for shard in shards:
             names = (
@@ -117,6 +117,6 @@ def _kept_plan(storage: Storage, key: str) -> Plan:
         raise SpecError(f"{key}: {storage.url()} is no output of a Dray job (it has no .dray/ with a plan)")
     if not storage.exists(KEPT):
         raise SpecError(
-            f"{key}: {storage.url()} has no kept answers; a job keeps them with reuse.keep: true (or once it has reuse.from)"
+            f"{key}: {storage.url()} has no kept answers; a job keeps them with reuse.keep: true (or once it has reuse.outputs)"
         )
     return plan

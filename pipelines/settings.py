@@ -354,12 +354,12 @@ class ShardSettings(Settings):
 class ReuseSettings(Settings):
     """Answers that need not be asked for again."""
 
-    from_: Annotated[tuple[Text, ...], Field(alias="from")] = ()
+    outputs: tuple[Text, ...] = ()
     """Outputs of earlier jobs whose kept answers are taken over: to a prompt of the same tokens, by the same model and
     `sampling`; without `temperature: 0` only for the same row. They are read with `output.storage_options`."""
     keep: bool | None = None
     """Keep every answer, also of records that steps drop, under `.dray/answers/` of the output, for later jobs and for
-    attempts at a shard that was lost; default: whether `from` is given."""
+    attempts at a shard that was lost; default: whether `outputs` is given."""
 
 
 class ErrorSettings(Settings):

@@ -38,7 +38,7 @@ def judge(rubric: str, **more: Any) -> dict[str, Any]:
 
 def answered(folder: Path, name: str, *before: str, **sections: Any) -> Output:
     """A job that keeps its answers and looks into these earlier ones, run as the driver would."""
-    reuse = {"keep": True, "from": [str(folder / one) for one in before]}
+    reuse = {"keep": True, "outputs": [str(folder / one) for one in before]}
     settings = job(folder / "in", folder / name, **{"reuse": reuse, "shards": {"rows": 5}, **sections})
     output = planned(settings)
     output.storage.create(KEPT, b"")
@@ -177,12 +177,12 @@ def test_a_damaged_file_is_asked_anew(tmp_path: Path) -> None:
 
 def test_sources_without_answers_are_named(tmp_path: Path) -> None:
     questions(tmp_path / "in", ["a"])
-    with pytest.raises(SpecError, match=r"reuse\.from\[0\]: .*nowhere is no output of a Dray job"):
+    with pytest.raises(SpecError, match=r"reuse\.outputs\[0\]: .*nowhere is no output of a Dray job"):
         answered(tmp_path, "out", "nowhere")
     plain = planned(job(tmp_path / "in", tmp_path / "plain"))
     run(plain.work("r"), plain.plan.shards)
     assert not (plain.folder / ".dray" / "answers").exists()
-    with pytest.raises(SpecError, match=r"reuse\.from\[0\]: .*plain has no kept answers"):
+    with pytest.raises(SpecError, match=r"reuse\.outputs\[0\]: .*plain has no kept answers"):
         answered(tmp_path, "other", "plain")
 
 
