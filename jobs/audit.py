@@ -23,7 +23,7 @@ from pipelines.contracts import Shard, Span, result_schema
 from pipelines.counting import COUNTED, SPENT, TALLIED, tally
 from pipelines.errors import OutputError, PartDamaged
 from pipelines.part import Footer, Part, body_digest, part_of, raise_if_damaged
-from pipelines.place import places
+from pipelines.place import RECORD_ORDER, has_elements, places
 from pipelines.settings import OutputSettings, SamplingSettings
 from pipelines.steps import with_steps
 from pipelines.storage import Storage
@@ -170,8 +170,7 @@ def _keys(data: bytes, where: str) -> pa.Table:
 
 def _order_problems(rows: pa.Table, shard: Shard) -> Iterable[str]:
     keys = places(rows["row_id"], shard).append_column("sample_index", rows["sample_index"])
-    by = [(column, "ascending") for column in ("span", "position", "sample_index")]
-    if keys.sort_by(by) != keys:
+    if keys.sort_by(RECORD_ORDER) != keys:
         yield "its rows are not in input order"
 
 
@@ -196,14 +195,17 @@ def _row_problems(rows: pa.Table, footer: Footer, filtered: bool) -> Iterable[st
         odd = ids.filter(pc.invert(pc.and_(whole, alone)))
         if len(odd):
             yield f"{len(odd)} rows lack a sample, or have failed and an answer, the first is {odd['row_id'][0]}"
+    lists = ids.filter(has_elements(ids["row_id"]))
+    if len(lists):
+        yield f"{len(lists)} rows stand beside elements of their own lists, the first is {lists['row_id'][0]}"
     where = places(ids["row_id"], shard)
     strangers = ids.filter(pc.is_null(where["span"]))
     if len(strangers):
         yield f"{len(strangers)} rows are not its shard's, the first is {strangers['row_id'][0]}"
     elif not filtered and not stats.rows_dropped:
         yield from _missing(where, shard.spans)
-    if len(ids) + stats.rows_dropped != stats.rows_in:
-        yield f"holds {len(ids)} different rows, its footer counts {stats.rows_in}, {stats.rows_dropped} of them dropped"
+    if len(ids) + stats.rows_dropped != stats.rows:
+        yield f"holds {len(ids)} different rows, its footer counts {stats.rows}, {stats.rows_dropped} of them dropped"
     counted = tally(rows)
     told = COUNTED if stats.steps else COUNTED + SPENT
     yield from (
@@ -215,8 +217,8 @@ def _row_problems(rows: pa.Table, footer: Footer, filtered: bool) -> Iterable[st
 
 def _missing(where: pa.Table, spans: tuple[Span, ...]) -> Iterable[str]:
     """Spans of known rows that are not all there. `where`: one row for each id, all within their spans."""
-    counts = where.group_by("span").aggregate([("position", "count")])
-    found = dict(zip(counts["span"].to_pylist(), counts["position_count"].to_pylist(), strict=True))
+    counts = where.group_by("span").aggregate([("position", "count_distinct")])
+    found = dict(zip(counts["span"].to_pylist(), counts["position_count_distinct"].to_pylist(), strict=True))
     for number, span in enumerate(spans):
         lacking = span.stop - span.start - found.get(number, 0)
         if span.unit == "rows" and lacking:

@@ -166,7 +166,7 @@ def _disagreements(part: Part, shard: Shard, plan: Plan, error_objects: set[str]
     if footer.fingerprint != plan.fingerprint:
         yield f"was made from spec {footer.fingerprint}, planned is {plan.fingerprint}"
     if not stats.balanced:
-        yield f"its books do not balance: {stats.rows_in} rows in, {stats.rows_ok} ok, {stats.rows_failed} failed"
+        yield f"its books do not balance: {stats.rows} rows, {stats.rows_ok} ok, {stats.rows_failed} failed"
     inline = 0 if footer.errors_object else stats.rows_failed
     if part.rows != stats.samples + inline:
         yield f"has {part.rows} rows, its footer counts {stats.samples} samples and {inline} failed rows"

@@ -23,7 +23,7 @@ class ErrorBudget:
     """Counts the failed rows of one run as shards are committed, and says when there are too many."""
 
     def __init__(self, settings: ErrorSettings, rows_total: int | None, output: str) -> None:
-        """`rows_total`: of the whole job, where that is known before reading. `output`: its URL, for messages."""
+        """`rows_total`: of the whole job, where that is known before it is done. `output`: its URL, for messages."""
         self._settings, self._rows_total, self._output = settings, rows_total, output
         self._rows_failed = 0
         self._window: deque[Footer] = deque()
@@ -41,9 +41,9 @@ class ErrorBudget:
         if limit is None:
             return
         self._window.append(footer)
-        self._window_rows += footer.stats.rows_in
-        while self._window_rows - self._window[0].stats.rows_in >= limit:
-            self._window_rows -= self._window.popleft().stats.rows_in
+        self._window_rows += footer.stats.rows
+        while self._window_rows - self._window[0].stats.rows >= limit:
+            self._window_rows -= self._window.popleft().stats.rows
         failed = sum(one.stats.rows_failed for one in self._window)
         # A window that is not full yet says nothing about the job.
         if (
@@ -58,7 +58,7 @@ class ErrorBudget:
         """The last word, over all parts of the output. Raises ErrorBudgetSpent."""
         if stats.error_rate > self._settings.max_error_rate:
             self._note(footers)
-            raise self.spent(stats.rows_failed, stats.rows_in, Counter(stats.error_codes))
+            raise self.spent(stats.rows_failed, stats.rows, Counter(stats.error_codes))
 
     def spent(self, failed: int, rows: int, codes: Counter[str], of: str = "of ") -> ErrorBudgetSpent:
         """The error, with the commonest codes and a row of each."""

@@ -83,7 +83,9 @@ def _card(
     splits: Mapping[str, int],
     end: str,
 ) -> str:
-    raw, added = record["spec"], {name for step in steps_of(record["identity"]) for name in step.adds.names}
+    whole = books.parts[0].schema if books.parts else schema
+    raw, steps = record["spec"], steps_of(record["identity"])
+    added = {name for step in steps for name in step.adds(whole).names}
     front = {
         "configs": configs,
         "size_categories": [_size(sum(splits.values()) or report.stats.samples)],

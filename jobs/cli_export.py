@@ -172,6 +172,12 @@ def openai(**options: Any) -> None:
     def chats(record: dict[str, Any]) -> Any:
         # The job as it was run, not as its file is by now.
         spec = load(record["spec"], [], record.get("variables") or {}).spec
+        for name, step in spec.named_steps.items():
+            if step.explode is not None:
+                raise SpecError(
+                    f"steps.{name}: the elements of a list share the job's own prompt and answer, which would be "
+                    "written once for each: take the columns that belong together, `dray export jsonl OUT FOLDER --columns …`"
+                )
         return as_chats(spec.prompt, prompt_columns(spec), spec.output.rename, own_folders())
 
     _write("jsonl", LineSink, chats, **options)

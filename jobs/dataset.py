@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from jobs.books import SUCCESS, Books
 from pipelines.errors import OutputError, SpecError
 from pipelines.part import raise_if_damaged
+from pipelines.place import input_rows
 from pipelines.storage import Storage
 
 
@@ -48,7 +49,7 @@ class Splits:
     shares: Mapping[str, float]
     """Split → share of the rows; they add up to 1."""
     by: str = "row_id"
-    """The column that is hashed: rows of one value stay together."""
+    """The column that is hashed: rows of one value stay together; of `row_id` the elements of one row of the input."""
 
     @classmethod
     def of(cls, given: Sequence[str], by: str | None = None) -> Splits:
@@ -121,7 +122,8 @@ def export_dataset(
         left_out = sum(part.footer.stats.rows_failed for part in books.parts if part.footer.errors_object)
         for table in _records(storage, books):
             good = table.filter(pc.is_null(table["error_code"]))
-            numbers = splits.numbers(_texts(good[splits.by]))
+            by = good[splits.by]
+            numbers = splits.numbers(_texts(input_rows(by) if splits.by == "row_id" else by))
             for number, writer in enumerate(writers.values()):
                 mine = good.filter(pa.array(numbers == number))
                 ready = prepare(mine)

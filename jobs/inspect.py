@@ -142,6 +142,7 @@ def verdict_of(storage: Storage, found: Findings, *, deep: bool) -> dict[str, An
         "shards_committed": len(books.parts),
         "missing": [shard.part_name for shard in books.missing],
         "rows_in": books.totals.rows_in,
+        "rows_added": books.totals.rows_added,
         "rows_ok": books.totals.rows_ok,
         "rows_failed": books.totals.rows_failed,
         "rows_dropped": books.totals.rows_dropped,
@@ -159,10 +160,11 @@ def render_verdict(verdict: dict[str, Any]) -> RenderableType:
         word = "[green]in order[/]" + ("" if verdict["finished"] else ", but not finished (no _SUCCESS)")
     else:
         word = "[red]not in order[/]"
+    added = f" + {verdict['rows_added']:,} added" if verdict["rows_added"] else ""
     lines = [
         f"{escape(verdict['output'])}: {word} ({how} read)",
         f"shards {verdict['shards_committed']:,} of {verdict['shards_planned']:,}; "
-        f"rows {verdict['rows_in']:,} = {verdict['rows_ok']:,} ok + {verdict['rows_failed']:,} failed"
+        f"rows {verdict['rows_in']:,}{added} = {verdict['rows_ok']:,} ok + {verdict['rows_failed']:,} failed"
         + (f" + {verdict['rows_dropped']:,} dropped" if verdict["rows_dropped"] else ""),
     ]
     if verdict["without_digest"]:

@@ -26,10 +26,11 @@ from pipelines.engine import open_engine
 from pipelines.errors import InputError
 from pipelines.generations import Generation, pools_of
 from pipelines.listing import list_files
+from pipelines.place import input_rows
 from pipelines.prepare import Prepare
 from pipelines.stage import Parcel
 from pipelines.step_settings import dedup_step
-from pipelines.steps import settled
+from pipelines.steps import answers_schema, settled
 from pipelines.tokenizer import load_tokenizer
 
 
@@ -38,7 +39,7 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
 
     Each has `row_id`, `prompt` (the tokens as text, special tokens shown), `prompt_tokens`, `error_code` and
     `error_message`; with `generate` also `answers`, a list of `generated_text`, `finish_reason` and `steps` (the columns
-    that these add) per sample that the steps have left.
+    that these add) per record that the steps have left, elements of its lists included.
     """
     files = list_files(job.spec.input, needed_columns(job.spec))
     work = work_of(job, input_schema(job.spec, files), fingerprint="", run_id="preview")
@@ -60,11 +61,11 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
     if generate:
         result = _without_duplicates(asyncio.run(_answered(parcel, work)), work)
         shown = ("generated_text", "finish_reason", "error_code", "error_message")
-        added = [name for step in work.steps for name in step.adds.names]
+        added = result.schema.names[len(answers_schema(work)) :]
         answers: dict[str, list[dict[str, Any]]] = {row["row_id"]: [] for row in seen}
-        for sample in result.to_pylist():
-            answer = {name: sample[name] for name in shown}
-            answers[sample["row_id"]].append({**answer, "steps": {name: sample[name] for name in added}})
+        for row_id, record in zip(input_rows(result["row_id"]).to_pylist(), result.to_pylist(), strict=True):
+            answer = {name: record[name] for name in shown}
+            answers[row_id].append({**answer, "steps": {name: record[name] for name in added}})
         for row in seen:
             row["answers"] = answers[row["row_id"]]
     return seen

@@ -24,11 +24,12 @@ from jobs.planning import Plan, extend, load_plan, new_plan, save_plan, summary
 from jobs.reuse import reuse_of
 from jobs.spec import JobSpec, check_against_schema, needed_columns
 from pipelines.code import code_digest, code_path, load_function, user_folders
-from pipelines.contracts import InputFile, Work
+from pipelines.contracts import InputFile, Work, result_schema
 from pipelines.errors import InputError, OutputError, OutputLocked
 from pipelines.listing import list_files
 from pipelines.model_folder import check_model
 from pipelines.schema import conform_all, infer_schema
+from pipelines.steps import added_by
 from pipelines.storage import Storage
 
 
@@ -58,6 +59,12 @@ class Proposal:
         """Those of the models that `generate` steps name, in the order of their first use."""
         return tuple(engines_of(one, hardware_here(one)) for one in self.job.spec.pools[1:])
 
+    @property
+    def _added(self) -> list[pa.Schema]:
+        """The columns that each step adds."""
+        spec = self.job.spec
+        return added_by(result_schema(self.plan.input_schema, spec.output, spec.sampling), spec.steps)
+
     @cached_property
     def summary(self) -> dict[str, Any]:
         """Shards, rows, bytes and files, as JSON values."""
@@ -74,10 +81,10 @@ class Proposal:
                 {
                     "name": name,
                     "kind": step.kind,
-                    "adds": {column.name: str(column.type) for column in step.adds},
+                    "adds": {column.name: str(column.type) for column in added},
                     **({"by": list(step.dedup.columns), "method": step.dedup.method} if step.dedup else {}),
                 }
-                for name, step in self.job.spec.named_steps.items()
+                for (name, step), added in zip(self.job.spec.named_steps.items(), self._added, strict=True)
             ],
         }
 

@@ -133,9 +133,10 @@ def figures(report: Report) -> dict[str, str]:
     latency = percentiles(stats, "latency_s")
     filtered = f" ({stats.rows_filtered:,} filtered)" if stats.rows_filtered else ""
     dropped = f", {stats.rows_dropped:,} dropped" if stats.rows_dropped else ""
+    added = f" ({stats.rows_in:,} of the input)" if stats.rows_added else ""
     found = {
         "shards": f"{report.shards_committed:,} of {report.shards_planned:,}",
-        "rows": f"{stats.rows_ok:,} ok, {stats.rows_failed:,} failed{dropped} of {stats.rows_in:,}{filtered}",
+        "rows": f"{stats.rows_ok:,} ok, {stats.rows_failed:,} failed{dropped} of {stats.rows:,}{added}{filtered}",
     }
     if stats.samples != stats.rows_ok:
         found["samples"] = f"{stats.samples:,}"
@@ -162,10 +163,12 @@ def figures(report: Report) -> dict[str, str]:
 
 
 def step_counts(counts: dict[str, int]) -> str:
-    """`1,200 records: 1,150 out, 48 dropped, 2 failed`; without what is 0. A generation's with its output tokens."""
+    """`1,200 records: 1,150 out, 48 dropped, 2 failed`; without what is 0. An explode's with the records that it has added,
+    a generation's with its output tokens."""
     ends = [f"{counts[end]:,} {end}" for end in ("out", "dropped", "failed") if counts[end] or end == "out"]
     tokens = f"; {counts['completion_tokens']:,} output tokens" if "completion_tokens" in counts else ""
-    return f"{counts['in']:,} records: {', '.join(ends)}{tokens}"
+    added = f" + {counts['added']:,} added" if counts.get("added") else ""
+    return f"{counts['in']:,} records{added}: {', '.join(ends)}{tokens}"
 
 
 def uses_in_words(pools: Sequence[EngineUse]) -> list[str]:

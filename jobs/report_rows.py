@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from jobs.books import each
 from pipelines.contracts import LOGPROBS_FIELD, RESULT_FIELDS
+from pipelines.counting import distinct_answers
 from pipelines.part import Part, raise_if_damaged
 from pipelines.storage import Storage
 
@@ -121,6 +122,7 @@ def lengths(storage: Storage, parts: Sequence[Part]) -> Lengths:
     answers: Counter[int] = Counter()
     for _, table in each(chosen, lambda name: _tokens(storage, f"data/{name}"), _READERS):
         if table is not None:
+            table = distinct_answers(table)
             first = table.filter(pc.equal(table["sample_index"], 0))
             _count(prompts, first["prompt_tokens"])
             _count(answers, table["completion_tokens"])
@@ -128,7 +130,7 @@ def lengths(storage: Storage, parts: Sequence[Part]) -> Lengths:
 
 
 def _tokens(storage: Storage, name: str) -> pa.Table | None:
-    columns = ["sample_index", "prompt_tokens", "completion_tokens", "error_code"]
+    columns = ["row_id", "sample_index", "prompt_tokens", "completion_tokens", "error_code"]
     try:
         with storage.open_input(name) as file:
             table = pq.read_table(file, columns=columns)

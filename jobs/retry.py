@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
+
 from jobs.books import (
     SUCCESS,
     Books,
@@ -25,6 +27,7 @@ from jobs.loading import LoadedJob
 from jobs.lock import OutputLock
 from jobs.output import succeed, write_card, write_stats
 from jobs.pinning import pinned
+from jobs.planning import Plan
 from jobs.proposal import checked_identity, work_of
 from jobs.report import Report
 from jobs.runner import Driver, Observer, Progress
@@ -32,11 +35,12 @@ from jobs.shared_ledger import announcer
 from jobs.spec import check_against_schema
 from jobs.stopping import StopRequest
 from pipelines.attempts import clear_attempts
-from pipelines.contracts import Retry, Shard
+from pipelines.contracts import Retry, Shard, result_schema
 from pipelines.errors import ROW_ERROR_CODES, JobIncomplete, SpecError
 from pipelines.part import Footer, Part, read_part
 from pipelines.settings import PoolSettings
 from pipelines.step_settings import dedup_step, step_names
+from pipelines.steps import added_by
 from pipelines.storage import Storage
 from pipelines.wording import unknown
 
@@ -78,7 +82,7 @@ def retry_failed(
     record, plan = opened(storage)
     job = pinned(job, record)
     identity = checked_identity(job)
-    _check_settings(job, record, identity)
+    _check_settings(job, record, identity, plan)
     check_against_schema(job.spec, plan.input_schema)
     storage.check_writable()
     with OutputLock(
@@ -236,7 +240,7 @@ def _check_codes(codes: Sequence[str]) -> None:
             raise SpecError(f"--where: {unknown(code, ROW_ERROR_CODES, 'error_code')}")
 
 
-def _check_settings(job: LoadedJob, record: dict[str, Any], identity: dict[str, Any]) -> None:
+def _check_settings(job: LoadedJob, record: dict[str, Any], identity: dict[str, Any], plan: Plan) -> None:
     """Raise SpecError for settings that change which rows there are, or what stands beside the answers."""
     before = record["identity"]
     frozen = {
@@ -249,7 +253,9 @@ def _check_settings(job: LoadedJob, record: dict[str, Any], identity: dict[str, 
     if had != has:
         frozen["sampling.logprobs"] = (before.get("sampling.logprobs"), identity.get("sampling.logprobs"))
     frozen["steps.dedup"] = (_dedup_of(before), _dedup_of(identity))
-    frozen["columns of steps"] = (_step_columns(before), _step_columns(identity))
+    frozen["steps.explode"] = (_lists_of(before), _lists_of(identity))
+    answers = result_schema(plan.input_schema, job.spec.output, job.spec.sampling)
+    frozen["columns of steps"] = (_step_columns(before, answers), _step_columns(identity, answers))
     # What a plan was made from is not in the identity.
     for section, key, default in (("input", "path", None), ("shards", "rows", "auto")):
         values = [(tree.get(section) or {}).get(key, default) for tree in (record["spec"], job.raw)]
@@ -271,5 +277,11 @@ def _dedup_of(identity: dict[str, Any]) -> dict[str, Any] | None:
     return None if step is None else {"name": step_names(steps)[-1], **step.model_dump(mode="json")}
 
 
-def _step_columns(identity: dict[str, Any]) -> list[str]:
-    return [f"{column.name} {column.type}" for step in steps_of(identity) for column in step.adds]
+def _lists_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """Which rows there are."""
+    return [step.explode.model_dump(mode="json") for step in steps_of(identity) if step.explode is not None]
+
+
+def _step_columns(identity: dict[str, Any], answers: pa.Schema) -> list[str]:
+    added = added_by(answers, steps_of(identity))
+    return [f"{column.name} {column.type}" for columns in added for column in columns]

@@ -167,7 +167,9 @@ class Driver:
         rows = [shard.rows for shard in plan.shards]
         self.rows_total = None if None in rows else sum(n for n in rows if n is not None)
         self.rows_before = sum(shard.rows or 0 for shard in plan.shards if shard.id in self.done)
-        self.budget = ErrorBudget(work.errors, self.rows_total, storage.url())
+        # How many rows the lists of an `explode` become is known in the end.
+        rows_due = None if any(step.explode for step in work.steps) else self.rows_total
+        self.budget = ErrorBudget(work.errors, rows_due, storage.url())
         self.limits = Limits(job.spec.budget, storage.url())
         self.meter = Meter(work.run_id)
         self.kept_in: KeptIn = {}

@@ -266,7 +266,8 @@ def unpack(data: bytes | pa.Buffer) -> pa.Table:
 # ── What is counted ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-#: For each step by name the records `in`, `out`, `dropped` and `failed`; of a `generate` step its tokens as well.
+#: For each step by name the records `in`, `out`, `dropped` and `failed`; of an `explode` step those `added` as well, of a
+#: `generate` step its tokens.
 Counts = dict[str, dict[str, int]]
 
 
@@ -281,7 +282,9 @@ class ShardStats:
     rows_read: int = 0
     rows_filtered: int = 0
     rows_in: int = 0
-    """rows_read - rows_filtered; equals rows_ok + rows_failed + rows_dropped."""
+    """rows_read - rows_filtered."""
+    rows_added: int = 0
+    """By which `explode` steps have made the rows more: an element of a list is a row in its row's place."""
     rows_ok: int = 0
     rows_failed: int = 0
     rows_dropped: int = 0
@@ -332,19 +335,27 @@ class ShardStats:
         )
 
     @property
+    def rows(self) -> int:
+        """Those of the input, elements in their lists' places."""
+        return self.rows_in + self.rows_added
+
+    @property
     def balanced(self) -> bool:
         """The books of design §4.6."""
         return (
             self.rows_read == self.rows_filtered + self.rows_in
-            and self.rows_in == self.rows_ok + self.rows_failed + self.rows_dropped
+            and self.rows == self.rows_ok + self.rows_failed + self.rows_dropped
             and sum(self.error_codes.values()) == self.rows_failed
-            and all(n["in"] == n["out"] + n["dropped"] + n["failed"] for n in self.steps.values())
+            and all(
+                n["in"] + n.get("added", 0) == n["out"] + n["dropped"] + n["failed"]
+                for n in self.steps.values()
+            )
         )
 
     @property
     def error_rate(self) -> float:
         """Failed rows over rows; 0 for no rows."""
-        return self.rows_failed / self.rows_in if self.rows_in else 0.0
+        return self.rows_failed / self.rows if self.rows else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(replace(self, latency_s=Histogram(), ttft_s=Histogram()))

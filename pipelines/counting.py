@@ -1,4 +1,7 @@
-"""What there is to count about a shard's result rows."""
+"""What there is to count about a shard's result rows.
+
+Rows are those of the input, or the elements that stand in their places after an `explode`; each has a `row_id`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.contracts import Counts, ShardStats
 from pipelines.histogram import Histogram
+from pipelines.place import has_elements, input_rows
 from pipelines.stage import Parcel
 
 #: The columns that `tally` reads.
@@ -50,7 +55,7 @@ def tally(rows: pa.Table) -> ShardStats:
 
 def spent(records: pa.Table, steps: Counts) -> dict[str, Any]:
     """`SPENT`: on the records' own answers, and on what `generate` steps asked about them, whatever became of them."""
-    answered = records.filter(pc.is_valid(records["completion_tokens"]))
+    answered = distinct_answers(records.filter(pc.is_valid(records["completion_tokens"])))
     first = answered.filter(pc.equal(answered["sample_index"], 0))
 
     def total(table: pa.Table, name: str) -> int:
@@ -64,15 +69,26 @@ def spent(records: pa.Table, steps: Counts) -> dict[str, Any]:
     }
 
 
+def distinct_answers(records: pa.Table) -> pa.Table:
+    """One record of each answer, which the elements of a list have in common."""
+    rows = input_rows(records["row_id"])
+    if rows.equals(records["row_id"]):
+        return records
+    keys = pa.table({"row": rows, "sample": records["sample_index"], "place": np.arange(len(records))})
+    return records.take(keys.group_by(["row", "sample"]).aggregate([("place", "min")])["place_min"].sort())
+
+
 def count(parcel: Parcel, records: pa.Table, rows: pa.Table, steps: Counts) -> ShardStats:
     """The statistics of a parcel: of the `rows` that will be written and of all the `records` that they were taken from,
     and of the `steps` since the last generation; not from what stages claimed."""
     notes, written = parcel.notes, tally(rows)
     every = {**notes.get("steps", {}), **steps}
+    became = count_rows(records)
     return replace(
         written,
         **spent(records, every),
-        rows_dropped=pc.count_distinct(records["row_id"]).as_py() - written.rows_in,
+        rows_dropped=became - written.rows_in,
+        rows_added=became - pc.count_distinct(input_rows(records["row_id"])).as_py(),
         steps=every,
         rows_read=notes["rows_read"],
         rows_filtered=notes["rows_filtered"],
@@ -91,6 +107,13 @@ def count(parcel: Parcel, records: pa.Table, rows: pa.Table, steps: Counts) -> S
     )
 
 
+def count_rows(records: pa.Table) -> int:
+    """How many rows there are among the records, good, failed or dropped: a row that has elements is none."""
+    ids = records["row_id"].unique()
+    lists: int = pc.sum(has_elements(pa.chunked_array([ids]))).as_py() or 0
+    return len(ids) - lists
+
+
 def recount(standing: ShardStats, retried: ShardStats, rows: pa.Table) -> ShardStats:
     """A shard's statistics after a retry: `rows` counted anew, the work on `retried` added, what was read as it was."""
     counted = tally(rows)
@@ -100,6 +123,7 @@ def recount(standing: ShardStats, retried: ShardStats, rows: pa.Table) -> ShardS
         rows_read=standing.rows_read,
         rows_filtered=standing.rows_filtered,
         rows_in=standing.rows_in,
+        rows_added=standing.rows_added + retried.rows_added,
         rows_dropped=standing.rows_dropped + retried.rows_dropped,
         **{name: getattr(counted, name) for name in COUNTED},
     )

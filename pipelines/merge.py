@@ -3,7 +3,7 @@
     part ──failed_rows──► prepare ──► generate ──► result ──merge──► the same part, if it is still that version
 
 A merge changes rows that have failed and nothing else, so that it may come late, twice, or beside another one: an answer
-is never replaced, every version of the part holds every row of its shard once, and whoever meets another version than
+is never replaced (of an element of a list neither: its row is answered again, and what becomes of the others is left), every version of the part holds every row of its shard once, and whoever meets another version than
 the one it read starts over. The footer names each run that has merged, so that Ray's repeats find their work done.
 See docs/decisions/0006.
 """
@@ -19,11 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.contracts import FORMAT_VERSION, Provenance, Shard, Work
-from pipelines.counting import count, recount
+from pipelines.counting import count, count_rows, recount
 from pipelines.dedup_keys import keep_keys
 from pipelines.errors import PartDamaged, ShardError
 from pipelines.part import Footer, Part, Retried, build_part, part_of, raise_if_damaged, read_part, to_parquet
-from pipelines.place import places
+from pipelines.place import RECORD_ORDER, input_rows, places, rows_above
 from pipelines.settings import OutputSettings
 from pipelines.stage import Parcel
 from pipelines.step_settings import StepSettings
@@ -42,7 +42,7 @@ def is_committed(storage: Storage, shard: Shard, work: Work) -> bool:
 
 
 def failed_rows(storage: Storage, shard: Shard, work: Work) -> pa.Array | None:
-    """Ids of the rows that a retry runs again; None when this run has merged the shard. Raises ShardError."""
+    """Ids of the input's rows that a retry runs again; None when this run has merged the shard. Raises ShardError."""
     assert work.retry is not None
     standing = _standing(storage, shard, ["row_id", "error_code"])
     if standing.part.footer.retry_by(work.run_id):
@@ -52,7 +52,7 @@ def failed_rows(storage: Storage, shard: Shard, work: Work) -> pa.Array | None:
     matching = (
         pc.is_valid(codes) if wanted is None else pc.is_in(codes, value_set=pa.array(wanted, pa.string()))
     )
-    return standing.rows["row_id"].filter(matching).combine_chunks()
+    return input_rows(standing.rows["row_id"].filter(matching)).unique()
 
 
 def merge(
@@ -70,16 +70,18 @@ def merge(
         before = standing.part.footer
         if before.retry_by(work.run_id):
             return None
-        again = _still_failed(standing.rows, answers)
-        records, counts = steps.run(again)
-        new = settled(records)
+        failed = _failed(standing.rows)
+        records, counts = steps.run(_of_rows(answers, failed))
+        again, became = _replacing(failed, records)
+        new = settled(became)
         rows = _replaced(standing.rows, again, new, parcel.shard, part_schema(work))
-        run_again = pc.count_distinct(again["row_id"]).as_py()
         retried = replace(
             count(parcel, records, new, counts),
-            rows_read=run_again,
+            rows_read=len(again),
             rows_filtered=0,
-            rows_in=run_again,
+            rows_in=len(again),
+            rows_added=count_rows(became) - len(again),
+            rows_dropped=count_rows(became) - count_rows(new),
             commit_s=time.monotonic() - began,
         )
         return rows, replace(
@@ -171,30 +173,44 @@ def _table(data: bytes, columns: list[str] | None, where: str) -> pa.Table:
         raise
 
 
-def _still_failed(standing: pa.Table, answers: pa.Table) -> pa.Table:
-    """The answers to rows that nobody has answered meanwhile."""
-    failed = standing["row_id"].filter(pc.is_valid(standing["error_code"]))
-    return answers.filter(pc.is_in(answers["row_id"], value_set=failed.combine_chunks()))
+def _failed(standing: pa.Table) -> pa.ChunkedArray:
+    """Ids of the rows that nobody has answered meanwhile."""
+    return standing["row_id"].filter(pc.is_valid(standing["error_code"]))
+
+
+def _of_rows(answers: pa.Table, failed: pa.ChunkedArray) -> pa.Table:
+    """The answers to the input's rows that the `failed` ones are, or are elements of."""
+    wanted = input_rows(failed).unique()
+    return answers.filter(pc.is_in(input_rows(answers["row_id"]), value_set=wanted))
+
+
+def _replacing(failed: pa.ChunkedArray, records: pa.Table) -> tuple[pa.Array, pa.Table]:
+    """(ids of the failed rows of which something has become now, these records): of an element that the new list does
+    not have, or whose list has come to nothing, nothing has."""
+    known = set(failed.to_pylist())
+    distinct = records["row_id"].unique()
+    of = {
+        row_id: next((one for one in (row_id, *rows_above(row_id)) if one in known), None)
+        for row_id in distinct.to_pylist()
+    }
+    mine = pa.array([row_id for row_id, one in of.items() if one is not None], pa.string())
+    again = pa.array(sorted({one for one in of.values() if one is not None}), pa.string())
+    return again, records.filter(pc.is_in(records["row_id"], value_set=mine))
 
 
 def _replaced(
-    standing: pa.Table, again: pa.Table, new: pa.Table, shard: Shard, schema: pa.Schema
+    standing: pa.Table, again: pa.Array, new: pa.Table, shard: Shard, schema: pa.Schema
 ) -> pa.Table:
-    """All rows of the shard after the merge, in input order: `new` in the places of those that were run `again`."""
+    """All rows of the shard after the merge, in input order: `new` in the places of the rows `again`."""
     if standing.column_names != schema.names:
         raise ShardError(f"{shard.part_name} has other columns than this job's: {standing.column_names}")
-    kept = standing.filter(
-        pc.invert(pc.is_in(standing["row_id"], value_set=again["row_id"].combine_chunks()))
-    )
+    kept = standing.filter(pc.invert(pc.is_in(standing["row_id"], value_set=again)))
     # Parquet gives some types back as others (seconds as milliseconds): the part's schema stays what it was.
     rows = pa.concat_tables([kept.cast(schema), new]).unify_dictionaries()
     keys = places(rows["row_id"], shard).append_column("sample_index", rows["sample_index"])
     if keys["span"].null_count:
         raise ShardError(f"{shard.part_name} holds rows of another shard; see `dray verify --deep --repair`")
-    order = pc.sort_indices(
-        keys, sort_keys=[(column, "ascending") for column in ("span", "position", "sample_index")]
-    )
-    return rows.take(order)
+    return rows.take(pc.sort_indices(keys, sort_keys=RECORD_ORDER))
 
 
 def _keep_errors(storage: Storage, shard: Shard, name: str, rows: pa.Table, output: OutputSettings) -> None:

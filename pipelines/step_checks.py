@@ -10,7 +10,7 @@ from pipelines.dedup import is_comparable, is_text
 from pipelines.errors import SpecError
 from pipelines.filter import compile_filter
 from pipelines.prompt_columns import prompt_columns, prompt_type_problems
-from pipelines.step_settings import StepSettings, step_names
+from pipelines.step_settings import StepSettings, element_type, nested_type, step_names
 
 
 def order_problems(steps: Sequence[StepSettings]) -> list[str]:
@@ -35,14 +35,15 @@ def check_steps(steps: tuple[StepSettings, ...], answers: pa.Schema) -> list[str
                 compile_filter(step.filter.where, f"steps.{name}.where").check(schema)
             except SpecError as error:
                 problems.append(str(error))
-        schema = pa.schema([*schema, *(column for column in step.adds if column.name not in schema.names)])
+        added = step.adds(schema)
+        schema = pa.schema([*schema, *(column for column in added if column.name not in schema.names)])
     return problems
 
 
 def _problems(step: StepSettings, schema: pa.Schema) -> list[str]:
     problems = [
         f"adds the column {name!r}, which is there already"
-        for name in step.adds.names
+        for name in step.adds(schema).names
         if name in schema.names
     ]
     if step.generate is not None:
@@ -65,6 +66,11 @@ def _problems(step: StepSettings, schema: pa.Schema) -> list[str]:
                 pa.types.is_boolean(type_) or pa.types.is_integer(type_) or pa.types.is_floating(type_)
             ),
         )
+    if step.explode is not None and element_type(schema, step.explode.column) is None:
+        column = step.explode.column
+        type_ = nested_type(schema, column)
+        wrong = _no_column(column, schema) if type_ is None else f"{column!r} holds {type_} values, not lists"
+        problems.append(f"column: {wrong}")
     if step.dedup is not None:
         for column in step.dedup.columns:
             if step.dedup.method == "minhash":

@@ -5,6 +5,7 @@ steps:
   - map:      {function: "acme_checks.score:verify", adds: {correct: bool}}
   - filter:   {where: "correct and score >= 3"}
   - select:   {by: score, keep: 1}
+  - explode:  {column: questions, into: question}
   - generate: {column: summary, prompt: {template: "Shorten: {{ generated_text }}"}}
   - dedup:    {columns: [question]}
 """
@@ -19,6 +20,7 @@ import pyarrow as pa
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from pipelines.output_schema import arrow_type_of
+from pipelines.prompt_columns import is_list
 from pipelines.settings import (
     Function,
     ModelSettings,
@@ -44,6 +46,23 @@ def arrow_type(name: str) -> pa.DataType:
     if name not in TYPES:
         raise ValueError(f"{name!r} is no type; there are {', '.join(TYPES)} and list<…> of one of them")
     return TYPES[name]
+
+
+def nested_type(schema: pa.Schema, column: str) -> pa.DataType | None:
+    """The type of a column, or of a struct's field (`parsed.questions`); None where there is none."""
+    name, *fields = [column] if column in schema.names else column.split(".")
+    type_ = schema.field(name).type if name in schema.names else None
+    for field in fields:
+        if type_ is None or not pa.types.is_struct(type_) or type_.get_field_index(field) < 0:
+            return None
+        type_ = type_.field(field).type
+    return type_
+
+
+def element_type(schema: pa.Schema, column: str) -> pa.DataType | None:
+    """The type of the elements of a column of lists, named as for `nested_type`; None where there is none."""
+    type_ = nested_type(schema, column)
+    return type_.value_type if type_ is not None and is_list(type_) else None
 
 
 def _typed(columns: dict[str, str]) -> dict[str, str]:
@@ -118,14 +137,26 @@ class FilterStep(Settings):
 
 
 class SelectStep(Settings):
-    """Keep the best of each row's samples (best of n)."""
+    """Keep the best records of each row of the input: of its samples (best of n), or of its elements after an `explode`."""
 
     by: Text
-    """A column of numbers or booleans. Nulls come last, of equal ones the first sample."""
+    """A column of numbers or booleans. Nulls come last, of equal ones the first sample or element."""
     keep: PositiveInt = 1
-    """How many of each row's samples stay; they keep their `sample_index`."""
+    """How many records of each row of the input stay; they keep their `row_id` and `sample_index`."""
     order: Literal["largest", "smallest"] = "largest"
     """Which values are the best."""
+
+
+class ExplodeStep(Settings):
+    """Make a list's elements records of their own, in the place of the record that has the list."""
+
+    column: Text
+    """A column of lists, or a field of a struct that holds them: `parsed.questions`."""
+    into: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+    """The new column in which each record has its element. All other columns stay as they are, and the `row_id` gets
+    the element's place in the list behind it, from 0: `…#7/0`."""
+    on_empty: Literal["drop", "null"] = "drop"
+    """A list without elements, or null instead of a list: the record is dropped, or becomes one whose element is null."""
 
 
 class GenerateStep(Settings):
@@ -193,11 +224,11 @@ class DedupStep(Settings):
         return self
 
 
-_KINDS = ("parse", "map", "filter", "select", "generate", "dedup")
+_KINDS = ("parse", "map", "filter", "select", "explode", "generate", "dedup")
 
 
 class StepSettings(Settings):
-    """One step: exactly one of `parse`, `map`, `filter`, `select`, `generate`, `dedup`."""
+    """One step: exactly one of `parse`, `map`, `filter`, `select`, `explode`, `generate`, `dedup`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")] | None = None
     """Stands in the statistics; default: what the step does, with a number where there are several of the kind."""
@@ -208,7 +239,9 @@ class StepSettings(Settings):
     filter: FilterStep | None = None
     """Keep the records for which a condition holds."""
     select: SelectStep | None = None
-    """Keep the best of each row's samples."""
+    """Keep the best records of each row of the input."""
+    explode: ExplodeStep | None = None
+    """Make a list's elements records of their own."""
     generate: GenerateStep | None = None
     """Ask a model about each record."""
     dedup: DedupStep | None = None
@@ -218,9 +251,10 @@ class StepSettings(Settings):
     def kind(self) -> str:
         return next(name for name in _KINDS if getattr(self, name) is not None)
 
-    @property
-    def adds(self) -> pa.Schema:
-        """The columns that the step adds, all nullable."""
+    def adds(self, schema: pa.Schema) -> pa.Schema:
+        """The columns that the step adds to records of this schema, all nullable."""
+        if self.explode is not None:
+            return pa.schema([(self.explode.into, element_type(schema, self.explode.column) or pa.null())])
         step = self.parse or self.map or self.generate
         added = [(name, arrow_type(kind)) for name, kind in (step.adds if step else {}).items()]
         if self.generate and isinstance(schema := self.generate.sampling.output_schema, dict):

@@ -1,11 +1,11 @@
 """What becomes of a shard's answers before they are written: the job's `steps`, record by record.
 
-    answers ─► parse ─► map ─► filter ─► select ─► the part's rows
+    answers ─► parse ─► map ─► filter ─► select ─► explode ─► the part's rows
 
-A record is one sample of one input row. Each step sees the records that are still good, and adds columns to them, drops
-some, or fails some; a failed or dropped record keeps what it has and goes past the rest. The books of each step balance:
-in = out + dropped + failed. At the end a row has failed when none of its records is good and one has failed.
-`generate` steps are no steps here: each begins another run of steps, on the answers of another generation.
+A record is one sample of one row. Each step sees the records that are still good, and adds columns to them, drops some,
+fails some, or puts the elements of a list in their places, which are rows of their own; a failed or dropped record keeps
+what it has and goes past the rest. The books of each step balance: in + added = out + dropped + failed. At the end a row
+has failed when none of its records is good and one has failed. `generate` steps are no steps here: each begins another run of steps, on the answers of another generation.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -23,7 +24,9 @@ from pipelines.contracts import Counts, Work, result_schema
 from pipelines.errors import RowError
 from pipelines.filter import compile_filter
 from pipelines.parse import parser
+from pipelines.place import element_ids, element_ranks, has_elements, input_rows
 from pipelines.step_settings import (
+    ExplodeStep,
     FilterStep,
     MapStep,
     ParseStep,
@@ -39,11 +42,35 @@ from pipelines.values import records
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a step makes of some records: one value each in `added`; which are dropped, and which fail of what."""
+    """What a step makes of some records: one value each in `added`; which are dropped, and which fail of what.
+
+    `elements`: what stands in the places of the others, where that is not they themselves.
+    """
 
     added: Mapping[str, pa.Array] = field(default_factory=dict)
     dropped: Sequence[int] = ()
     failed: Mapping[int, RowError] = field(default_factory=dict)
+    elements: Elements | None = None
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Elements of lists, in the order of the records that have the lists and of the lists."""
+
+    column: str
+    values: pa.ChunkedArray
+    record: npt.NDArray[np.int64]
+    """For each element the place of the record that has the list."""
+    number: npt.NDArray[np.int64]
+    """Its place in the list."""
+
+    def records(self, good: pa.Table) -> pa.Table:
+        """A record for each element: that with the list, the element in a column more, and an id of its own."""
+        records = good.take(pa.array(self.record))
+        place = records.column_names.index("row_id")
+        ids = element_ids(records["row_id"], pa.array(self.number))
+        records = records.set_column(place, records.schema.field(place), ids)
+        return records.append_column(self.column, self.values)
 
 
 class Step(Protocol):
@@ -87,22 +114,24 @@ class Steps:
             for column, values in verdict.added.items():
                 good = good.append_column(column, values)
             aside.append(_with(good.take(verdict.dropped or _NONE), DROPPED, True))
-            stays = np.ones(there, bool)
-            stays[[*verdict.failed, *verdict.dropped]] = False
-            good = good.filter(pa.array(stays))
+            good = (
+                verdict.elements.records(good) if verdict.elements else good.filter(_staying(verdict, there))
+            )
             counts[name] = {
                 "in": there,
                 "out": len(good),
                 "dropped": len(verdict.dropped),
                 "failed": len(verdict.failed),
             }
-        together = pa.concat_tables([good, *aside], promote_options="default").sort_by(_PLACE)
+            if verdict.elements:
+                counts[name]["added"] = len(good) + len(verdict.dropped) - there
+        together = _in_order(pa.concat_tables([good, *aside], promote_options="default"))
         return together.select(whole.names).cast(whole), counts
 
 
-#: A record's place among the answers, and whether a step has dropped it; no column of a job has a name with a blank at
-#: its end.
-_PLACE = "place "
+#: A record's place among the answers, its rank among the elements of one record, and whether a step has dropped it; no
+#: column of a job has a name with a blank at its end.
+_PLACE, _ELEMENT = "place ", "element "
 DROPPED = "dropped "
 _NONE = pa.array([], pa.int64())
 
@@ -114,11 +143,12 @@ def is_good(records: pa.Table) -> pa.ChunkedArray:
 
 
 def settled(records: pa.Table) -> pa.Table:
-    """The records to write: without those dropped, without the failed ones of rows that have a good one, and without all
-    but the first of the others."""
+    """The records to write: without those dropped, without the failed ones of rows that have a good one or elements, and
+    without all but the first of the others."""
     kept = records
     if DROPPED in records.column_names:
-        kept = records.filter(pc.invert(records[DROPPED])).drop_columns([DROPPED])
+        gone = pc.or_(records[DROPPED], has_elements(records["row_id"]))
+        kept = records.filter(pc.invert(gone)).drop_columns([DROPPED])
     if kept["error_code"].null_count == len(kept):
         return kept
     errors = list(zip(kept["row_id"].to_pylist(), kept["error_code"].to_pylist(), strict=True))
@@ -132,12 +162,39 @@ def settled(records: pa.Table) -> pa.Table:
 
 def with_steps(schema: pa.Schema, steps: Sequence[StepSettings]) -> pa.Schema:
     """The schema of the answers, and behind it the columns of all steps."""
-    return pa.schema([*schema, *(column for step in steps for column in step.adds)])
+    return pa.schema([*schema, *(column for columns in added_by(schema, steps) for column in columns)])
+
+
+def added_by(schema: pa.Schema, steps: Sequence[StepSettings]) -> list[pa.Schema]:
+    """The columns that each step adds. `schema`: of the answers."""
+    added = []
+    for step in steps:
+        added.append(step.adds(schema))
+        schema = pa.schema([*schema, *added[-1]])
+    return added
 
 
 def part_schema(work: Work) -> pa.Schema:
     """The explicit schema of every part of a job: the answers' columns, and behind them those of its steps."""
-    return with_steps(result_schema(work.input_schema, work.output, work.sampling), work.steps)
+    return with_steps(answers_schema(work), work.steps)
+
+
+def answers_schema(work: Work) -> pa.Schema:
+    """Of the job's answers, before any step."""
+    return result_schema(work.input_schema, work.output, work.sampling)
+
+
+def _staying(verdict: Verdict, there: int) -> pa.Array:
+    """Which of so many records neither fail nor are dropped."""
+    stays = np.ones(there, bool)
+    stays[[*verdict.failed, *verdict.dropped]] = False
+    return pa.array(stays)
+
+
+def _in_order(records: pa.Table) -> pa.Table:
+    """The records in the places of those that they were, elements of one in the order of its lists."""
+    ranks = element_ranks(records["row_id"])
+    return records.append_column(_ELEMENT, ranks).sort_by([(_PLACE, "ascending"), (_ELEMENT, "ascending")])
 
 
 def _failed(good: pa.Table, failed: Mapping[int, RowError]) -> pa.Table:
@@ -169,6 +226,8 @@ def _ready(step: StepSettings, key: str, folders: Sequence[str]) -> Step:
         return lambda good: (
             Verdict()
         )  # needs the other shards: the driver's, once all parts stand (`jobs.dedup`)
+    if step.explode is not None:
+        return _explode(step.explode)
     assert step.select is not None  # StepSettings has exactly one kind
     return _select(step.select)
 
@@ -235,10 +294,38 @@ def _select(step: SelectStep) -> Step:
         values = (
             sign * pc.cast(good[step.by], pa.float64(), safe=False).to_numpy()
         )  # null: NaN, which sorts last
-        rows = good["row_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-        order = np.lexsort((good["sample_index"].to_numpy(), values, rows))
+        rows = input_rows(good["row_id"]).combine_chunks().dictionary_encode().indices.to_numpy()
+        order = np.lexsort((values, rows))  # stable: of equal values the first record comes first
         sorted_rows = rows[order]
         rank = np.arange(len(order)) - np.searchsorted(sorted_rows, sorted_rows)
         return Verdict(dropped=np.sort(order[rank >= step.keep]).tolist())
 
     return run
+
+
+def _explode(step: ExplodeStep) -> Step:
+    least = 1 if step.on_empty == "null" else 0
+
+    def run(good: pa.Table) -> Verdict:
+        lists = _nested(good, step.column)
+        lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int64)
+        elements = np.maximum(lengths, least)
+        record = np.repeat(np.arange(len(good)), elements)
+        number = np.arange(len(record)) - np.repeat(np.cumsum(elements) - elements, elements)
+        place = (np.cumsum(lengths) - lengths)[record] + number
+        found = pc.list_flatten(lists.filter(lists.is_valid()))
+        values = found.take(pa.array(place, mask=lengths[record] == 0))
+        return Verdict(
+            dropped=np.flatnonzero(elements == 0).tolist(),
+            elements=Elements(step.into, values, record, number),
+        )
+
+    return run
+
+
+def _nested(table: pa.Table, column: str) -> pa.ChunkedArray:
+    """The values whose type `nested_type` tells."""
+    if column in table.column_names:
+        return table[column]
+    name, *fields = column.split(".")
+    return pc.struct_field(table[name], fields)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from jobs import load, run
 from jobs.books import SUCCESS
+from jobs.inspect import verify
 from jobs.planning import Plan, load_plan
 from pipelines.storage import Storage
 from tests.local.runs import job
@@ -31,6 +32,13 @@ from tests.proof.scale import STORIES, TIMES
 IN, OUT = "sim://bucket/in", "sim://bucket/out"
 SCHEMA = pa.schema([("id", pa.string()), ("question", pa.string())])
 NONSENSE = "{nonsense"
+#: What questions may hold besides words: lists for `EXPLODE`, whose empty elements fail.
+LISTS = [{"parts": ["a", "", "b"]}, {"parts": []}, {"parts": ["c"] * 11}]
+EXPLODE = [
+    {"parse": {"column": "question", "json": {"parts": "list<string>"}, "on_error": "null"}},
+    {"explode": {"column": "parts", "into": "part"}},
+    {"parse": {"column": "part", "regex": "(?P<letter>[a-z])"}},
+]
 #: Always there and never empty: a job without rows is refused.
 FIRST = "a.parquet"
 
@@ -49,9 +57,14 @@ class File(NamedTuple):
         if ".jsonl" in self.name:
             lines = [json.dumps(row) if row["question"] != NONSENSE else NONSENSE for row in rows]
         else:
-            lines = ["id,question", *(f"{row['id']},{row['question'] or ''}" for row in rows)]
+            lines = ["id,question", *(f"{row['id']},{quoted(row['question'] or '')}" for row in rows)]
         text = "".join(f"{line}\n" for line in lines).encode()
         return gzip.compress(text, mtime=0) if self.name.endswith(".gz") else text
+
+
+def quoted(text: str) -> str:
+    """A field of a CSV file."""
+    return '"' + text.replace('"', '""') + '"' if '"' in text else text
 
 
 class Round(NamedTuple):
@@ -71,7 +84,9 @@ class Story(NamedTuple):
 
 
 def files(names: st.SearchStrategy[str]) -> st.SearchStrategy[File]:
-    question = st.sampled_from(["why", "how does it work", "skip", "x", NONSENSE, "", None])
+    question = st.sampled_from(
+        ["why", "how does it work", "skip", "x", NONSENSE, "", None, *map(json.dumps, LISTS)]
+    )
     # A first row with a text: what a column's type is must not depend on which files came first.
     rows = st.lists(question, max_size=8).map(lambda more: ["what", *more])
     questions = st.one_of(rows, rows, st.just([]))
@@ -88,6 +103,7 @@ SETTINGS = st.fixed_dictionaries(
         "shards": st.fixed_dictionaries({"rows": st.sampled_from([1, 2, 3, 5, 8, "auto"])}),
         "output": st.sampled_from([{"failed_rows": "inline"}, {"failed_rows": "separate"}]),
         "sampling": st.sampled_from([{"temperature": 0}, {"temperature": 1, "n": 2}]),
+        "steps": st.sampled_from([[], EXPLODE]),
     }
 )
 STORY = st.builds(
@@ -132,6 +148,8 @@ def test_the_rows_of_one_clean_run(story: Story) -> None:
     clean.objects = {path: data for path, data in told.objects.items() if path.startswith("bucket/in/")}
     with in_process(Life(clean), Graph(0, in_flight=1, faults=False)):
         run(loaded(story))
+    with in_process(Life(told), Graph(0)):
+        assert verify(Storage(OUT), deep=True)["problems"] == []
     rows, expected = rows_of(told), rows_of(clean)
     assert rows == expected
     for folder in ("data", "errors"):
