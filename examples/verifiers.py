@@ -15,7 +15,7 @@ def exact(record: dict[str, Any]) -> dict[str, Any]:
 
 def agreement(record: dict[str, Any]) -> dict[str, Any]:
     """How far the second answer says the same as the first, from 0 to 1."""
-    return {"agreement": _overlap(record["parsed"]["answer"], record["again"])}
+    return {"agreement": _overlap(record["pair"]["answer"], record["again"])}
 
 
 def novelty(record: dict[str, Any]) -> dict[str, Any]:

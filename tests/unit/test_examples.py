@@ -138,7 +138,7 @@ def test_a_corpus_is_the_same_rows_however_many_files_and_rows(kind: str, tmp_pa
     ],
 )
 def test_agreement_of_two_answers(first: str, second: str, score: float) -> None:
-    found = verifiers.agreement({"parsed": {"answer": first}, "again": second})
+    found = verifiers.agreement({"pair": {"answer": first}, "again": second})
     assert found == {"agreement": pytest.approx(score)}
 
 
