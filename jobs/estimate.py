@@ -125,10 +125,10 @@ def estimate(job: LoadedJob, *, rows: int = 200, seed: int = 0) -> Estimate:
     """
     spec = job.spec
     check_model(spec.model)
-    if spec.generate_steps:
+    if spec.asking_steps:
         raise SpecError(
-            f"{next(iter(spec.generate_steps))}: `dray estimate` measures one generation; estimate the job without its "
-            "generate steps, and each of these as a job of its own"
+            f"{next(iter(spec.asking_steps))}: `dray estimate` measures one generation; estimate the job without its "
+            "generate and judge steps, and each of these as a job of its own"
         )
     engines = engines_of(spec, hardware_here(spec))
     if engines.hardware.gpus is None:

@@ -90,7 +90,7 @@ def _folder(place: str, *, code: bool = False) -> dict[str, str]:
 
 def _step_identity(step: StepSettings) -> dict[str, Any]:
     """A step, without what is said of its model elsewhere, and without how it is run."""
-    hidden = {"generate": {"model", "pool"}} if step.generate is not None else None
+    hidden = {step.kind: {"model", "pool"}} if step.asks is not None else None
     values = step.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=hidden)
     sampling = values.get("generate", {}).get("sampling", {})
     if "output_schema" in sampling:

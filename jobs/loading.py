@@ -273,7 +273,7 @@ def _with_absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
 
     change("input", "path", data)
     change("output", "path", data)
-    for section in (values, *_generate_steps(values)):
+    for section in (values, *_asking_steps(values)):
         found = section.get("model")
         for place in (found, found.get("lora")) if isinstance(found, dict) else ():
             for key in ("source", "tokenizer"):
@@ -282,9 +282,8 @@ def _with_absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
     return values
 
 
-def _generate_steps(values: dict[str, Any]) -> list[dict[str, Any]]:
+def _asking_steps(values: dict[str, Any]) -> list[dict[str, Any]]:
     steps = values.get("steps")
-    found = (
-        [step.get("generate") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
-    )
+    named = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    found = [step.get(kind) for step in named for kind in ("generate", "judge")]
     return [step for step in found if isinstance(step, dict)]

@@ -185,7 +185,7 @@ def _words(option: Any, rules: list[Any]) -> str:
     origin = get_origin(option)
     if origin is Literal:
         return " or ".join(", ".join(map(str, get_args(option))).rsplit(", ", 1))
-    if origin is list:
+    if origin in (list, tuple):
         inner = [_words(part, part_rules) for part, part_rules in _options(get_args(option)[0], ())]
         return "a list of " + " or ".join(map(_plural, inner))
     if option is types.NoneType:

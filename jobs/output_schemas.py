@@ -31,9 +31,7 @@ def with_schemas(spec: JobSpec) -> JobSpec:
     for name, step in spec.named_steps.items():
         if step.generate is not None:
             sampling = resolved(step.generate.sampling, f"steps.{name}.sampling.output_schema")
-            step = step.model_copy(
-                update={"generate": step.generate.model_copy(update={"sampling": sampling})}
-            )
+            step = step.asking(sampling=sampling)
         steps.append(step)
     if problems:
         raise SpecError("\n".join(problems))
@@ -43,7 +41,7 @@ def with_schemas(spec: JobSpec) -> JobSpec:
 def json_columns(spec: JobSpec) -> list[str]:
     """A line for each `output_schema` that Arrow has no type for: its column holds JSON text."""
     samplings = {"sampling": spec.sampling}
-    samplings |= {f"{key}.sampling": step.sampling for key, step in spec.generate_steps.items()}
+    samplings |= {f"{key}.sampling": step.asked_sampling for key, step in spec.asking_steps.items()}
     lines = []
     for key, sampling in samplings.items():
         if isinstance(sampling.output_schema, dict):

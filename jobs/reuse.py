@@ -36,8 +36,8 @@ def reuse_of(job: LoadedJob) -> Reuse | None:
     if not keep and not settings.outputs:
         return None
     asked = [("model", job.spec.sampling)]
-    for key, step in job.spec.generate_steps.items():
-        asked.append((f"{key}.model" if step.model else "model", step.sampling))
+    for key, step in job.spec.asking_steps.items():
+        asked.append((f"{key}.model" if step.model else "model", step.asked_sampling))
     return Reuse(
         keep=keep, sources=settings.outputs, digests=tuple(_digest(job, key, how) for key, how in asked)
     )

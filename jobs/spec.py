@@ -16,6 +16,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from jobs.limits import BudgetSettings
 from jobs.places import overlap
 from jobs.schedule import ScheduleSettings
+from pipelines.ask_settings import AskStep
 from pipelines.contracts import RESULT_FIELDS, extra_fields, result_schema
 from pipelines.engine_args import check_engine_args
 from pipelines.errors import ModelError, SpecError
@@ -37,7 +38,7 @@ from pipelines.settings import (
     ShardSettings,
 )
 from pipelines.step_checks import check_steps, order_problems
-from pipelines.step_settings import GenerateStep, StepSettings, step_names
+from pipelines.step_settings import StepSettings, step_names
 from pipelines.template import Template
 
 _ADDRESS = re.compile(r"local|auto|(ray://)?[\w.-]+:\d{1,5}|(ray://)?\[[0-9a-fA-F:.]+\]:\d{1,5}")
@@ -140,8 +141,8 @@ class JobSpec(Settings):
         for name, step in self.named_steps.items():
             if step.map is not None:
                 found[f"steps.{name}.function"] = step.map.function
-            if step.generate is not None:
-                found[f"steps.{name}.prompt.function"] = step.generate.prompt.function
+            if step.asks is not None:
+                found[f"steps.{name}.prompt.function"] = step.asks.asked_prompt.function
         return {key: function for key, function in found.items() if function is not None}
 
     @property
@@ -150,24 +151,24 @@ class JobSpec(Settings):
         return dict(zip(step_names(self.steps), self.steps, strict=True))
 
     @property
-    def generate_steps(self) -> dict[str, GenerateStep]:
+    def asking_steps(self) -> dict[str, AskStep]:
         """The generations after the job's own, by the key under which they stand in messages: `steps.NAME`."""
-        return {f"steps.{name}": step.generate for name, step in self.named_steps.items() if step.generate}
+        return {f"steps.{name}": step.asks for name, step in self.named_steps.items() if step.asks}
 
     @property
     def models(self) -> dict[str, ModelSettings]:
         """Every model of the job, by its key in messages; the job's own, `model`, first."""
-        steps = {f"{key}.model": step.model for key, step in self.generate_steps.items() if step.model}
+        steps = {f"{key}.model": step.model for key, step in self.asking_steps.items() if step.model}
         return {"model": self.model, **steps}
 
     @property
     def pools(self) -> tuple[JobSpec, ...]:
         """For each pool of engines, in the order in which shards pass through them, the job with its model and pool."""
         found = [self]
-        for step in self.generate_steps.values():
+        for step in self.asking_steps.values():
             model, pool = step.model or self.model, step.pool or self.pool
             if (found[-1].model, found[-1].pool) != (model, pool):
-                update = {"model": model, "pool": pool, "sampling": step.sampling}
+                update = {"model": model, "pool": pool, "sampling": step.asked_sampling}
                 found.append(self.model_copy(update=update))
         return tuple(found)
 
@@ -288,8 +289,8 @@ def _source_problems(spec: JobSpec) -> list[str]:
     """Templates and filters that do not compile."""
     problems = []
     sources = templates(spec.prompt)
-    for key, generate in spec.generate_steps.items():
-        sources += templates(generate.prompt, f"{key}.prompt")
+    for key, step in spec.asking_steps.items():
+        sources += [(f"{key}.{step.key_of(name)}", source) for name, source in templates(step.asked_prompt)]
     for key, source in sources:
         try:
             Template(source, key)
@@ -300,13 +301,13 @@ def _source_problems(spec: JobSpec) -> list[str]:
             compile_filter(spec.input.filter)
         except SpecError as error:
             problems.append(str(error))
-    for name, step in spec.named_steps.items():
-        if step.filter is not None:
+    for name, one in spec.named_steps.items():
+        if one.filter is not None:
             try:
-                compile_filter(step.filter.where, f"steps.{name}.where")
+                compile_filter(one.filter.where, f"steps.{name}.where")
             except SpecError as error:
                 problems.append(str(error))
-        if step.dedup is not None and spec.input.on_changed == "replace":
+        if one.dedup is not None and spec.input.on_changed == "replace":
             problems.append(
                 f"steps.{name}: a record that was dropped as a duplicate of one in a file that changes later cannot come "
                 "back: set input.on_changed: refuse, or leave dedup to a second job"

@@ -12,6 +12,7 @@ from pipelines.code import check_code
 from pipelines.contracts import PROMPT_SCHEMA, Counts, Work
 from pipelines.detokenize import Detokenizer
 from pipelines.generations import Generation, pools_of
+from pipelines.judge import views
 from pipelines.orphans import end_with_parent
 from pipelines.policy import check_model_allowed
 from pipelines.prompt import PromptBuilder
@@ -72,14 +73,21 @@ class Advance:
         good = records.filter(is_good(records))
         if DROPPED in good.column_names:
             good = good.drop_columns([DROPPED])
-        prompts = self._builder.build(good)
-        # Each sample of a row is a request of its own: other seed, other suspect.
-        ids = pc.binary_join_element_wise(
-            good["row_id"], good["sample_index"].cast(pa.string()), f"@{self._after.name}", "~"
+        assert self._after.step is not None
+        prompts = pa.concat_tables(
+            self._prompts(view, number) for number, view in enumerate(views(self._after.step, good))
         )
-        prompts = prompts.set_column(0, PROMPT_SCHEMA.field(0), ids)
         onwards = Parcel(shard=parcel.shard, rows=records, prompts=prompts, notes=parcel.notes)
         return with_counts(onwards, counts)
+
+    def _prompts(self, records: pa.Table, view: int) -> pa.Table:
+        """A prompt for each record. Each sample of a row, and each view of it, is a request of its own: other seed, other
+        suspect."""
+        prompts = self._builder.build(records)
+        asks = f"@{self._after.name}" + (f"~{view}" if view else "")
+        samples = records["sample_index"].cast(pa.string())
+        ids = pc.binary_join_element_wise(records["row_id"], samples, asks, "~")
+        return prompts.set_column(0, PROMPT_SCHEMA.field(0), ids)
 
 
 class Between:

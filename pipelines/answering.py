@@ -194,7 +194,8 @@ class Answering:
         sampling, limit = self._work.sampling, self._work.errors.request_timeout_s
         seed, longest, own = None, self._max_tokens[row], self.started.sampling
         if sampling.seed is not None or number:
-            seed = row_seed(sampling.seed or 0, self.row_ids[row]) + number
+            # The engine adds the sample's index to it.
+            seed = row_seed(sampling.seed or 0, self.row_ids[row]) + number * sampling.n
         if number:
             own = self._structured.sampling_again(cut)
             longest = longest and longest * (2 if cut else 1)

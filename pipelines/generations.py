@@ -1,4 +1,5 @@
-"""A job's generations: the times that a model answers. The job's own prompt is the first, each `generate` step one more.
+"""A job's generations: the times that a model answers. The job's own prompt is the first, each `generate` or `judge` step
+one more.
 
     prompt ─► answers ─► steps ─► prompt of a `generate` step ─► answers ─► steps ─► part
 
@@ -12,9 +13,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pipelines.ask_settings import AskStep
 from pipelines.contracts import Work
 from pipelines.settings import ModelSettings, PoolSettings
-from pipelines.step_settings import GenerateStep, StepSettings, step_names
+from pipelines.step_settings import StepSettings, step_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +26,10 @@ class Generation:
     index: int
     """0: the job's own."""
     name: str
-    """Of the `generate` step, in statistics and messages; `""` for the job's own."""
+    """Of the step that asks, in statistics and messages; `""` for the job's own."""
     work: Work
     """The job's, with this generation's prompt, model, sampling and pool."""
-    step: GenerateStep | None
+    step: AskStep | None
     """None for the job's own."""
     steps: tuple[StepSettings, ...]
     """Those after it, before the next generation."""
@@ -37,17 +39,17 @@ class Generation:
 def generations_of(work: Work) -> tuple[Generation, ...]:
     """All generations of a job, in their order; at least one."""
     names = step_names(work.steps)
-    starts = [place for place, step in enumerate(work.steps) if step.generate is not None]
+    starts = [place for place, step in enumerate(work.steps) if step.asks is not None]
     found = []
     for index, (start, end) in enumerate(itertools.pairwise([-1, *starts, len(work.steps)])):
-        step = work.steps[start].generate if index else None
+        step = work.steps[start].asks if index else None
         own = (
             work
             if step is None
             else replace(
                 work,
-                prompt=step.prompt,
-                sampling=step.sampling,
+                prompt=step.asked_prompt,
+                sampling=step.asked_sampling,
                 model=step.model or work.model,
                 pool=step.pool or work.pool,
             )
@@ -85,10 +87,5 @@ def with_pools(work: Work, pools: Sequence[PoolSettings]) -> Work:
     settled = dict(zip((pool[0].index for pool in pools_of(work)), pools, strict=True))
     of = {g.index: settled[pool[0].index] for pool in pools_of(work) for g in pool}
     index = itertools.count(1)
-    steps = tuple(
-        step
-        if step.generate is None
-        else step.model_copy(update={"generate": step.generate.model_copy(update={"pool": of[next(index)]})})
-        for step in work.steps
-    )
+    steps = tuple(step if step.asks is None else step.asking(pool=of[next(index)]) for step in work.steps)
     return replace(work, pool=of[0], steps=steps)

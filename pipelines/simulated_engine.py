@@ -29,14 +29,14 @@ class SimulatedEngine:
     """`pipelines.engine.Engine` in simulated time.
 
     The tokens of an answer depend on (prompt, seed, sample index) only, so runs repeat exactly, also without a seed.
-    `tokens_per_s` is shared equally by all requests in flight, like a real engine's decode steps. Stop strings, bad
-    words and penalties are ignored.
+    `tokens_per_s` is shared equally by all requests in flight, like a real engine's decode steps. A `choice` is one of its
+    texts; stop strings, bad words and penalties are ignored.
     """
 
     def __init__(
         self, model: ModelSettings, sampling: SamplingSettings, others: Sequence[SamplingSettings] = ()
     ) -> None:
-        self._constrained = any(one.is_structured for one in (sampling, *others))
+        self._constrained = any(one.is_structured and not _choices(one) for one in (sampling, *others))
         self._model = model
         self._sampling = sampling
         self._settings = model.simulated
@@ -45,14 +45,15 @@ class SimulatedEngine:
         self._last_token_at = 0.0
         self._clock: _SharedClock | None = None
         self._ids: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self._tokenizer: Any = None
         self._vocab_size = 0
         self._stop_id: int | None = None
 
     async def start(self) -> EngineInfo:
         if self._constrained:
             raise EngineStartError(
-                "the simulated engine cannot constrain its answers: leave out sampling.output_schema and "
-                "sampling.structured_outputs, or take model.backend: vllm"
+                "the simulated engine cannot constrain its answers to more than a choice: leave out sampling.output_schema "
+                "and the regex or grammar of sampling.structured_outputs, or take model.backend: vllm"
             )
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -61,6 +62,7 @@ class SimulatedEngine:
         except ModelError as error:
             raise EngineStartError(str(error)) from error
         self._ids = await asyncio.to_thread(_printable_ids, tokenizer)
+        self._tokenizer = tokenizer
         self._vocab_size = len(tokenizer)
         stop_ids = self._sampling.stop_token_ids
         self._stop_id = tokenizer.eos_token_id if not stop_ids else stop_ids[0]
@@ -136,6 +138,8 @@ class SimulatedEngine:
     ) -> Sample:
         key = hashlib.sha256(np.asarray(prompt, np.int64).tobytes())
         key.update(struct.pack("<?Qq", seed is not None, (seed or 0) % 2**64, index))
+        if choices := _choices(sampling):
+            return self._chosen(choices[int.from_bytes(key.digest()[:8], "little") % len(choices)])
         low, high = self._settings.min_tokens, max(self._settings.min_tokens, self._settings.max_tokens)
         wanted = low + int.from_bytes(key.digest()[:8], "little") % (high - low + 1)
         wanted = max(wanted, sampling.min_tokens)
@@ -154,6 +158,11 @@ class SimulatedEngine:
             logprobs=self._logprobs(ids, random, sampling.logprobs),
         )
 
+    def _chosen(self, text: str) -> Sample:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ended = [] if self._stop_id is None else [self._stop_id]
+        return Sample(token_ids=array("i", [*ids, *ended]), text=text, finish_reason="stop", logprobs=None)
+
     def _logprobs(
         self, ids: list[int], random: npt.NDArray[np.uint32], count: int | None
     ) -> list[dict[str, Any]] | None:
@@ -171,6 +180,10 @@ class SimulatedEngine:
             }
             for token_id, value in zip(ids, values, strict=True)
         ]
+
+
+def _choices(sampling: SamplingSettings) -> list[str]:
+    return (sampling.structured_outputs and sampling.structured_outputs.choice) or []
 
 
 @dataclass(order=True)

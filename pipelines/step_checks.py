@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
+from pipelines.ask_settings import FIRST, SECOND, JudgeStep
 from pipelines.dedup import is_comparable, is_text
 from pipelines.errors import SpecError
 from pipelines.filter import compile_filter
@@ -46,10 +47,13 @@ def _problems(step: StepSettings, schema: pa.Schema) -> list[str]:
         for name in step.adds(schema).names
         if name in schema.names
     ]
-    if step.generate is not None:
-        prompt = step.generate.prompt
+    if step.judge is not None:
+        problems += _judge_problems(step.judge, schema)
+        schema = pa.schema([*schema, *((name, pa.string()) for name in _compared(step.judge))])
+    if step.asks is not None and not problems:
+        prompt = step.asks.asked_prompt
         problems += [
-            f"{key}: {_no_column(column, schema)}"
+            f"{step.asks.key_of(key)}: {_no_column(column, schema)}"
             for key, column in prompt_columns(prompt)
             if column not in schema.names
         ]
@@ -80,6 +84,35 @@ def _problems(step: StepSettings, schema: pa.Schema) -> list[str]:
                     "columns", column, schema, "text, numbers, booleans or dates", is_comparable
                 )
     return problems
+
+
+def _judge_problems(judge: JudgeStep, schema: pa.Schema) -> list[str]:
+    problems = [
+        f"columns: {_no_column(column, schema)}"
+        for column in judge.columns
+        if column.partition(".")[0] not in schema.names
+    ]
+    for column in judge.compare or ():
+        problems += _type_problem("compare", column, schema, "text", is_text)
+    problems += [
+        f"compare: the two answers are the prompt's {FIRST!r} and {SECOND!r}, and there is a column {name!r} already: "
+        f"rename it, for example output.rename.{name}=input_{name}"
+        for name in _compared(judge)
+        if name in schema.names
+    ]
+    if judge.compare and judge.prompt and judge.prompt.template:
+        shown = {column for _, column in prompt_columns(judge.prompt)}
+        problems += [
+            f"prompt.template: does not show {{{{ {name} }}}}, one of the two answers that are compared"
+            for name in _compared(judge)
+            if name not in shown
+        ]
+    return problems
+
+
+def _compared(judge: JudgeStep) -> tuple[str, ...]:
+    """The columns that only the judge's prompt has."""
+    return (FIRST, SECOND) if judge.compare else ()
 
 
 def _type_problem(

@@ -7,6 +7,7 @@ steps:
   - select:   {by: score, keep: 1}
   - explode:  {column: questions, into: question}
   - generate: {column: summary, prompt: {template: "Shorten: {{ generated_text }}"}}
+  - judge:    {column: rating, rubric: "Is the summary true?", columns: [generated_text, summary]}
   - dedup:    {columns: [question]}
 """
 
@@ -14,22 +15,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
+from pipelines.ask_settings import AskStep, GenerateStep, JudgeStep
 from pipelines.output_schema import arrow_type_of
 from pipelines.prompt_columns import is_list
-from pipelines.settings import (
-    Function,
-    ModelSettings,
-    PoolSettings,
-    PromptSettings,
-    SamplingSettings,
-    Settings,
-    Text,
-)
+from pipelines.settings import Function, Settings, Text
 
 #: Type names that a step may give its columns, besides `list<…>` of one of them.
 TYPES: dict[str, pa.DataType] = {
@@ -159,42 +153,6 @@ class ExplodeStep(Settings):
     """A list without elements, or null instead of a list: the record is dropped, or becomes one whose element is null."""
 
 
-class GenerateStep(Settings):
-    """Ask a model about each record; the answer is a column more."""
-
-    column: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
-    """The column of the answers' texts. Beside it come `…_finish_reason`, `…_prompt_tokens` and `…_completion_tokens`."""
-    prompt: PromptSettings
-    """As the job's own, over all columns that are there by now."""
-    sampling: SamplingSettings = SamplingSettings()
-    """As the job's own, whose values it does not take over; one answer for each record."""
-    model: ModelSettings | None = None
-    """Which model answers; default: the job's. Consecutive generations with one model and pool share their engines."""
-    pool: PoolSettings | None = None
-    """The engines of `model`; default: the job's `pool`."""
-
-    @property
-    def adds(self) -> dict[str, str]:
-        kinds = {
-            "": "string",
-            "_finish_reason": "string",
-            "_prompt_tokens": "int32",
-            "_completion_tokens": "int32",
-        }
-        return {f"{self.column}{suffix}": kind for suffix, kind in kinds.items()}
-
-    @model_validator(mode="after")
-    def _one_answer(self) -> GenerateStep:
-        if self.sampling.n > 1:
-            raise ValueError(
-                "sampling.n: a generate step makes one answer for each record; draw several first (sampling.n of the job)"
-            )
-        for key in ("logprobs", "max_tokens_column"):
-            if getattr(self.sampling, key) is not None:
-                raise ValueError(f"sampling.{key}: only for the job's own prompt")
-        return self
-
-
 class DedupStep(Settings):
     """Keep one of equal records, or of similar ones, among all of the job; the last step."""
 
@@ -224,11 +182,11 @@ class DedupStep(Settings):
         return self
 
 
-_KINDS = ("parse", "map", "filter", "select", "explode", "generate", "dedup")
+_KINDS = ("parse", "map", "filter", "select", "explode", "generate", "judge", "dedup")
 
 
 class StepSettings(Settings):
-    """One step: exactly one of `parse`, `map`, `filter`, `select`, `explode`, `generate`, `dedup`."""
+    """One step: exactly one of `parse`, `map`, `filter`, `select`, `explode`, `generate`, `judge`, `dedup`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")] | None = None
     """Stands in the statistics; default: what the step does, with a number where there are several of the kind."""
@@ -244,6 +202,8 @@ class StepSettings(Settings):
     """Make a list's elements records of their own."""
     generate: GenerateStep | None = None
     """Ask a model about each record."""
+    judge: JudgeStep | None = None
+    """Let a model judge each record."""
     dedup: DedupStep | None = None
     """Keep one of equal or similar records among all of the job."""
 
@@ -251,11 +211,21 @@ class StepSettings(Settings):
     def kind(self) -> str:
         return next(name for name in _KINDS if getattr(self, name) is not None)
 
+    @property
+    def asks(self) -> AskStep | None:
+        """What a step that asks a model asks; None for the others."""
+        return self.generate or self.judge
+
+    def asking(self, **update: Any) -> StepSettings:
+        """A step that asks a model, with other settings for it."""
+        assert self.asks is not None
+        return self.model_copy(update={self.kind: self.asks.model_copy(update=update)})
+
     def adds(self, schema: pa.Schema) -> pa.Schema:
         """The columns that the step adds to records of this schema, all nullable."""
         if self.explode is not None:
             return pa.schema([(self.explode.into, element_type(schema, self.explode.column) or pa.null())])
-        step = self.parse or self.map or self.generate
+        step = self.parse or self.map or self.asks
         added = [(name, arrow_type(kind)) for name, kind in (step.adds if step else {}).items()]
         if self.generate and isinstance(schema := self.generate.sampling.output_schema, dict):
             added.append((f"{self.generate.column}_parsed", arrow_type_of(schema)[0]))

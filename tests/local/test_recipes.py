@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pyarrow as pa
@@ -71,15 +72,17 @@ def test_the_judges_best_answer_of_each_row_is_kept(tmp_path: Path) -> None:
 
     judged = told(tmp_path / "notes")
     assert len(judged) == 4 * ROWS
-    assert {record["verdict"] for record in judged} <= {"1", "2", "3", "4", "5"}
+    assert {vote for record in judged for vote in record["score_votes"]} <= {1, 2, 3, 4, 5}
+    assert all(record["score"] == pytest.approx(mean(record["score_votes"])) for record in judged)
+    assert all(len(record["score_votes"]) == 3 for record in judged)
+    assert any(len(set(record["score_votes"])) > 1 for record in judged)
     best = []
     for _, samples in groupby(judged, key=lambda record: record["row_id"]):
-        # By the verdict's own text; of equal ones Python's `max` takes the first.
-        best.append(max(samples, key=lambda record: record["verdict"]))
+        # By the votes; of equal ones Python's `max` takes the first.
+        best.append(max(samples, key=lambda record: sum(record["score_votes"])))
     kept = rows_of(tmp_path / "out").to_pylist()
-    same = ("row_id", "sample_index", "question", "generated_text", "verdict")
+    same = ("row_id", "sample_index", "question", "generated_text", "score", "score_votes")
     assert [[row[name] for name in same] for row in kept] == [[row[name] for name in same] for row in best]
-    assert [str(row["score"]) for row in kept] == [row["verdict"] for row in kept]
     assert sorted(row["question"] for row in kept) == sorted(asked["question"].to_pylist())
     # Else the first sample of each row would do.
     assert any(row["sample_index"] > 0 for row in kept)

@@ -229,7 +229,7 @@ def test_the_fingerprint_keeps_the_schema_with_the_order_of_its_keys(tmp_path: P
 
     stored = identity_of(CARD)
     assert list(output_schema_of(stored)["properties"]) == CARD_TYPE.names  # type: ignore[index]
-    assert steps_of(stored)[0].adds.field("c_parsed").type == CARD_TYPE
+    assert steps_of(stored)[0].adds(pa.schema([])).field("c_parsed").type == CARD_TYPE
     other = {**CARD, "required": ["name"]}
     assert fingerprint(identity_of(other)) != fingerprint(stored)
 
