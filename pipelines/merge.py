@@ -3,8 +3,9 @@
     part ──failed_rows──► prepare ──► generate ──► result ──merge──► the same part, if it is still that version
 
 A merge changes rows that have failed and nothing else, so that it may come late, twice, or beside another one: an answer
-is never replaced (of an element of a list neither: its row is answered again, and what becomes of the others is left), every version of the part holds every row of its shard once, and whoever meets another version than
-the one it read starts over. The footer names each run that has merged, so that Ray's repeats find their work done.
+is never replaced, every version of the part holds every row of its shard once, and whoever meets another version than
+the one it read starts over. An element of a list is a row: the input's row that it comes from is answered again, and of
+what comes out only what stands under the ids of failed rows is taken. The footer names each run that has merged, so that Ray's repeats find their work done.
 See docs/decisions/0006.
 """
 
