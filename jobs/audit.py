@@ -23,7 +23,7 @@ from pipelines.contracts import Shard, Span, result_schema
 from pipelines.counting import COUNTED, SPENT, TALLIED, tally
 from pipelines.errors import OutputError, PartDamaged
 from pipelines.part import Footer, Part, body_digest, part_of, raise_if_damaged
-from pipelines.place import RECORD_ORDER, has_elements, places
+from pipelines.place import RECORD_ORDER, depths, has_elements, places
 from pipelines.settings import OutputSettings, SamplingSettings
 from pipelines.steps import with_steps
 from pipelines.storage import Storage
@@ -199,7 +199,8 @@ def _row_problems(rows: pa.Table, footer: Footer, filtered: bool) -> Iterable[st
     if len(lists):
         yield f"{len(lists)} rows stand beside elements of their own lists, the first is {lists['row_id'][0]}"
     where = places(ids["row_id"], shard)
-    strangers = ids.filter(pc.is_null(where["span"]))
+    explodes = sum("added" in counts for counts in stats.steps.values())
+    strangers = ids.filter(pc.or_(pc.is_null(where["span"]), pc.greater(depths(ids["row_id"]), explodes)))
     if len(strangers):
         yield f"{len(strangers)} rows are not its shard's, the first is {strangers['row_id'][0]}"
     elif not filtered and not stats.rows_dropped:

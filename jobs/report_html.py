@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from jobs.books import Books, fold
+from jobs.fingerprint import steps_of
 from jobs.inspect import opened, stored_report
 from jobs.references import References
 from jobs.report import Report, step_counts
@@ -86,7 +87,9 @@ def facts_of(storage: Storage, spec: JobSpec | None = None) -> Facts:
         cost=cost,
         figures=figures(report, cost),
         lengths=lengths(storage, books.parts),
-        examples=examples(storage, books.parts, hidden_columns(hide, rename), codes),
+        examples=examples(
+            storage, books.parts, hidden_columns(hide, rename, steps_of(record["identity"])), codes
+        ),
         hidden=hide,
     )
 

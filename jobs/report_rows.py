@@ -18,6 +18,7 @@ from jobs.books import each
 from pipelines.contracts import LOGPROBS_FIELD, RESULT_FIELDS
 from pipelines.counting import distinct_answers
 from pipelines.part import Part, raise_if_damaged
+from pipelines.step_settings import StepSettings
 from pipelines.storage import Storage
 
 REDACTED = "[redacted]"
@@ -147,9 +148,15 @@ def _count(counted: Counter[int], values: pa.ChunkedArray) -> None:
         counted[item["values"]] += item["counts"]
 
 
-def hidden_columns(redact: Sequence[str], rename: Mapping[str, str]) -> frozenset[str]:
-    """Input columns by their names in the output; a renamed one by both."""
-    return frozenset([*redact, *(rename.get(name, name) for name in redact)])
+def hidden_columns(
+    redact: Sequence[str], rename: Mapping[str, str], steps: Sequence[StepSettings]
+) -> frozenset[str]:
+    """Input columns by their names in the output, a renamed one by both; and the elements of their lists."""
+    hidden = {*redact, *(rename.get(name, name) for name in redact)}
+    for step in steps:
+        if step.explode is not None and step.explode.column.partition(".")[0] in hidden:
+            hidden.add(step.explode.into)
+    return frozenset(hidden)
 
 
 def shown(value: Any) -> str:

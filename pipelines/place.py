@@ -69,9 +69,19 @@ def rows_above(row_id: str) -> list[str]:
 def element_ranks(row_ids: pa.ChunkedArray) -> pa.Array:
     """Where each row stands among all of them by its places in lists, as numbers: `/2` before `/10`; 0 where all are rows
     of the input."""
-    found = pc.struct_field(pc.extract_regex(row_ids.cast(pa.string()), _OF_LIST), "elements")
-    paths = pc.fill_null(found, "").combine_chunks().dictionary_encode()
+    paths = _elements(row_ids).combine_chunks().dictionary_encode()
     numbers = [[int(number) for number in path.split("/")[1:]] for path in paths.dictionary.to_pylist()]
     order = sorted(range(len(numbers)), key=numbers.__getitem__)
     ranks = {place: rank for rank, place in enumerate(order)}
     return pa.array([ranks[place] for place in range(len(numbers))], pa.int64()).take(paths.indices)
+
+
+def depths(row_ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """In how many lists, one in the other, each row is an element; 0 for a row of the input."""
+    return pc.count_substring(_elements(row_ids), "/")
+
+
+def _elements(row_ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """What stands behind the input's row in each id: `/0/2`."""
+    found = pc.extract_regex(row_ids.cast(pa.string()), _OF_LIST)
+    return pc.fill_null(pc.struct_field(found, "elements"), "")

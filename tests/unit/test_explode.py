@@ -24,7 +24,8 @@ from jobs.inspect import report_of, verify
 from jobs.preview import preview
 from jobs.proposal import propose
 from jobs.report import figures
-from jobs.report_rows import lengths
+from jobs.report_html import facts_of
+from jobs.report_rows import REDACTED, lengths
 from pipelines.contracts import RESULT_FIELDS, ShardStats
 from pipelines.errors import SpecError
 from pipelines.part import Footer, read_part
@@ -281,6 +282,19 @@ def test_damage_to_elements_is_seen(tmp_path: Path, damage: Any, words: str) -> 
     assert words in "\n".join(verify(output.storage, deep=True)["problems"])
 
 
+def test_an_element_is_a_stranger_where_no_step_makes_any(tmp_path: Path) -> None:
+    write_lists(tmp_path / "in")
+    output = committed(settings(tmp_path))
+
+    def renamed(rows: pa.Table) -> pa.Table:
+        ids = pa.array([f"{row_id}/0" for row_id in rows["row_id"].to_pylist()])
+        return rows.set_column(rows.column_names.index("row_id"), rows.schema.field("row_id"), ids)
+
+    rewritten(output.folder / "data" / output.plan.shards[0].part_name, renamed)
+    (problem,) = verify(output.storage, deep=True)["problems"]
+    assert "4 rows are not its shard's" in problem
+
+
 # ── Failed elements, and retries ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -427,6 +441,16 @@ def test_equal_elements_of_all_shards_are_duplicates() -> None:
         found = verify(Storage("sim://bucket/out"), deep=True)
     assert (found["problems"], report.stats.rows_added) == ([], 12)
     assert (report.stats.rows_ok, report.stats.rows_dropped) == (len({"all", *map(str, range(6))}), 18 - 7)
+
+
+def test_the_elements_of_a_hidden_list_are_hidden(tmp_path: Path) -> None:
+    write_lists(tmp_path / "in")
+    failing = {"parse": {"column": "part", "regex": "(?P<none>§)"}}
+    output = committed(settings(tmp_path, EXPLODE, failing))
+    spec = load({**output.settings, "report": {"redact": ["parts"]}}).spec
+    shown = facts_of(output.storage, spec).examples["parse_error"]
+    assert {example.columns["part"] for example in shown} == {REDACTED}
+    assert facts_of(output.storage).examples["parse_error"][0].columns["part"] == "one"
 
 
 # ── Where else a row's id counts ─────────────────────────────────────────────────────────────────────────────────
