@@ -115,13 +115,15 @@ def _read(storage: Storage, name: str) -> pa.Table | None:
 
 
 def _answers(kept: pa.Table, wanted: Iterable[bytes]) -> Iterator[tuple[bytes, Answer]]:
-    """The answers with these keys; a file has the samples of one answer together, in their order."""
+    """The answers with these keys; a file has the samples of one answer together, in their order from 0, and an answer for
+    each of equal greedy prompts."""
     keys = pa.array(list(wanted), kept.schema.field("key").type)
     rows = kept.filter(pc.is_in(kept["key"], value_set=keys)).to_pylist()
-    for key, group in itertools.groupby(rows, lambda row: row["key"]):
-        samples = list(group)
+    answers = itertools.accumulate(row["sample_index"] == 0 for row in rows)
+    for _, group in itertools.groupby(zip(answers, rows, strict=True), lambda pair: pair[0]):
+        samples = [row for _, row in group]
         yield (
-            key,
+            samples[0]["key"],
             Answer(
                 samples=[
                     Sample(

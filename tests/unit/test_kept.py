@@ -75,6 +75,14 @@ def test_the_same_job_elsewhere_asks_nothing(tmp_path: Path, sampling: dict[str,
     assert stats_of(third).rows_reused == 12
 
 
+def test_equal_prompts_beside_each_other_have_one_answer_each(tmp_path: Path) -> None:
+    questions(tmp_path / "in", ["Same?", "Same?", "Same?", "Other?"])
+    first = answered(tmp_path, "first", sampling=GREEDY)
+    again = answered(tmp_path, "again", "first", sampling=GREEDY)
+    assert content(again) == content(first)
+    assert len(content(again)) == 4
+
+
 @pytest.mark.parametrize("model", [{}, {"model": OTHER}], ids=["one pool", "two pools"])
 def test_an_edited_rubric_asks_the_judge_only(tmp_path: Path, model: dict[str, Any]) -> None:
     questions(tmp_path / "in", [f"What is {k}?" for k in range(12)])
@@ -193,3 +201,25 @@ def test_where_answers_come_from_is_no_part_of_what_is_made(tmp_path: Path) -> N
         for name, more in (("a", {}), ("b", {"reuse": {"keep": True}}))
     )
     assert plain == reusing
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, {"temperature": 1, "seed": 2, "max_tokens": 24}])
+def test_a_judges_votes_on_elements_are_taken_over(tmp_path: Path, sampling: dict[str, Any]) -> None:
+    (tmp_path / "in").mkdir()
+    lists = [["same", "same", f"{k}"] for k in range(6)]
+    questions_and_lists = {"question": ["What is it?"] * 6, "parts": lists}
+    pq.write_table(pa.table(questions_and_lists), tmp_path / "in" / "x.parquet")
+    pair = {"column": "better", "rubric": "Right?", "compare": ["part", "generated_text"]}
+    votes = {"votes": 3, "seed": 1} if sampling is not GREEDY else {}
+    steps = [
+        {"explode": {"column": "parts", "into": "part"}},
+        {"judge": {**pair, **votes}},
+        {"judge": {"column": "score", "rubric": "Good?", "columns": ["part"], **votes}},
+    ]
+    first = answered(tmp_path, "first", sampling=sampling, steps=steps)
+    again = answered(tmp_path, "again", "first", sampling=sampling, steps=steps)
+    assert content(again) == content(first)
+    assert stats_of(again).latency_s.count == 0
+    fewer = [*steps, {"filter": {"where": "better != 'tie'"}}]
+    kept = {key: row for key, row in content(first).items() if row["better"] != "tie"}
+    assert content(answered(tmp_path, "fewer", "first", sampling=sampling, steps=fewer)) == kept
