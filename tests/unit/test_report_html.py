@@ -206,6 +206,30 @@ def test_an_output_without_parts_has_a_page(tmp_path: Path) -> None:
     assert "incomplete" in page
 
 
+def test_a_shard_stands_in_each_engine_that_it_passed_through(tmp_path: Path) -> None:
+    part = facts_of(made(tmp_path).storage).books.parts[0]
+    turns = (
+        Turn(generation="", replica="writer", began_at=20.0, ended_at=40.0),
+        Turn(generation="read", replica="reader", began_at=60.0, ended_at=100.0),
+    )
+    provenance = replace(part.footer.provenance, started_at=0.0, committed_at=100.0, turns=turns)
+    stats = replace(
+        part.footer.stats,
+        completion_tokens=900,
+        steps={"read": {"in": 1, "out": 1, "dropped": 0, "failed": 0, "completion_tokens": 400}},
+    )
+    drawn = timeline([replace(part, footer=replace(part.footer, provenance=provenance, stats=stats))])
+    reader, writer = drawn.lanes
+    assert (reader.replica, writer.replica) == ("reader", "writer")
+    assert [(bar.x, bar.x + bar.width) for bar in writer.bars] == [(0, 0.4), pytest.approx((0.2, 0.4))]
+    waited, read, failed = reader.bars  # what failed stands where the shard ended
+    assert [(bar.x, bar.x + bar.width) for bar in (waited, read)] == [(0.4, 1), pytest.approx((0.6, 1))]
+    assert failed.kind == "failed"
+    # 500 tokens in the writer's 20 s, 400 in the reader's 40.
+    assert drawn.peak == pytest.approx(25)
+    assert max(bar.height for bar in drawn.throughput if bar.x > 0.5) == pytest.approx(10 / 25)
+
+
 def test_cost_counts_each_engine_from_its_start_to_the_end_of_its_run(tmp_path: Path) -> None:
     books = facts_of(made(tmp_path).storage).books
 
