@@ -196,6 +196,31 @@ def test_equal_texts_are_asked_once(tmp_path: Path) -> None:
     assert vectors[0] == vectors[2] == vectors[3] != vectors[1]
 
 
+def test_the_elements_of_a_documents_list_are_embedded_each(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    lists = pa.table({"passages": [["a b", "c"], [], ["d", "e " * 600, "f"]]})
+    pq.write_table(lists, tmp_path / "in" / "q.parquet")
+    apart = {"explode": {"column": "passages", "into": "passage"}}
+    embed = {"embed": {"column": "vector", "prompt": {"prompt_column": "passage"}}}
+    settings = alone(tmp_path, apart, embed, errors={"max_error_rate": 1.0})
+    found = committed(settings)
+    rows = rows_of(found.folder).to_pylist()
+    assert [row["row_id"].partition("#")[2] for row in rows] == ["0/0", "0/1", "2/0", "2/1", "2/2"]
+    assert [row["error_code"] for row in rows] == [None, None, None, "prompt_too_long", None]
+    assert [row["vector"] is None for row in rows] == [False, False, False, True, False]
+    assert verify(found.storage, deep=True)["problems"] == []
+    seen = preview(load(settings), rows=3, generate=True)
+    assert [len(row["answers"]) for row in seen] == [2, 2, 1]
+
+    shorter = {"embed": {"column": "vector", "prompt": {"template": "{{ passage[:20] }}"}}}
+    mended = replace(found, settings=alone(tmp_path, apart, shorter, errors={"max_error_rate": 1.0}))
+    run(mended.retry("again"), found.plan.shards)
+    again = rows_of(found.folder).to_pylist()
+    assert [row["row_id"] for row in again] == [row["row_id"] for row in rows]
+    assert all(row["vector"] for row in again)
+    assert verify(found.storage, deep=True)["problems"] == []
+
+
 def test_a_chained_job_may_read_what_an_answer_is_called(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"generated_text": ["a", "b"]}), tmp_path / "in" / "q.parquet")
@@ -252,6 +277,7 @@ def step(kind: str, **more: Any) -> dict[str, Any]:
         ({"steps": [step("embed", prompt={"template": "{{ nothing }}"})]}, "steps.embed: prompt.template: there is no column 'nothing' by then"),
         ({"steps": [step("embed", prompt={"template": "{{ generated_text }}"})]}, "there is no column 'generated_text' by then"),
         ({"steps": [step("classify", column="question")]}, "adds the column 'question', which is there already"),
+        ({"steps": [{"judge": {"column": "a", "rubric": "good?"}}]}, "there is no column 'generated_text' by then"),
         ({"steps": [step("score", answer="nothing")]}, "steps.score: answer: there is no column 'nothing' by then"),
         ({"steps": [step("embed", model={"source": "org/model"})]}, "steps.embed.model.revision: give the commit"),
         ({"steps": [step("embed", dimensions=0)]}, "steps.embed.dimensions"),
