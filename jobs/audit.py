@@ -20,7 +20,7 @@ from jobs.books import Books, Fault, each
 from jobs.fingerprint import output_schema_of, steps_of
 from jobs.planning import Plan
 from pipelines.contracts import Shard, Span, result_schema
-from pipelines.counting import COUNTED, SPENT, TALLIED, tally
+from pipelines.counting import ANSWERED, COUNTED, SPENT, TALLIED, tally
 from pipelines.errors import OutputError, PartDamaged
 from pipelines.part import Footer, Part, body_digest, part_of, raise_if_damaged
 from pipelines.place import RECORD_ORDER, depths, has_elements, places
@@ -85,6 +85,7 @@ def _expected_schema(plan: Plan, identity: dict[str, Any]) -> pa.Schema | None:
             path="-", columns=columns, rename=rename, provenance=identity.get("output.provenance")
         ),
         SamplingSettings(logprobs=logprobs, output_schema=output_schema_of(identity)),
+        prompted=any(key.startswith("prompt.") for key in identity),
     )
     schema = with_steps(answers, steps_of(identity))
     sink = pa.BufferOutputStream()
@@ -159,8 +160,9 @@ def _keys(data: bytes, where: str) -> pa.Table:
     """Decode every column of every row group, and keep those that are counted."""
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
-            groups = [file.read_row_group(i).select(TALLIED) for i in range(file.num_row_groups)]
-            return pa.concat_tables(groups) if groups else file.schema_arrow.empty_table().select(TALLIED)
+            kept = [*TALLIED, *(name for name in ANSWERED if name in file.schema_arrow.names)]
+            groups = [file.read_row_group(i).select(kept) for i in range(file.num_row_groups)]
+            return pa.concat_tables(groups) if groups else file.schema_arrow.empty_table().select(kept)
     except KeyError as error:
         raise PartDamaged(f"has no column {error}") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

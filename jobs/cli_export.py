@@ -172,6 +172,10 @@ def openai(**options: Any) -> None:
     def chats(record: dict[str, Any]) -> Any:
         # The job as it was run, not as its file is by now.
         spec = load(record["spec"], [], record.get("variables") or {}).spec
+        if spec.prompt is None:
+            raise SpecError(
+                "prompt: the job has none, so there is no chat to write; `dray export jsonl` writes its columns"
+            )
         for name, step in spec.named_steps.items():
             if step.explode is not None:
                 raise SpecError(

@@ -127,8 +127,8 @@ def estimate(job: LoadedJob, *, rows: int = 200, seed: int = 0) -> Estimate:
     check_model(spec.model)
     if spec.asking_steps:
         raise SpecError(
-            f"{next(iter(spec.asking_steps))}: `dray estimate` measures one generation; estimate the job without its "
-            "generate and judge steps, and each of these as a job of its own"
+            f"{next(iter(spec.asking_steps))}: `dray estimate` measures the job's own prompt; estimate the job without the "
+            "steps that ask a model, and each generate or judge step as a job of its own"
         )
     engines = engines_of(spec, hardware_here(spec))
     if engines.hardware.gpus is None:

@@ -51,7 +51,8 @@ def identity(job: LoadedJob, folders: Sequence[str] = ()) -> dict[str, Any]:
     found: dict[str, Any] = {"format_version": FORMAT_VERSION}
     for section, counted in _COUNTED.items():
         if section != "model":
-            values = getattr(job.spec, section).model_dump(mode="json")
+            settings = getattr(job.spec, section)
+            values = {} if settings is None else settings.model_dump(mode="json")
             for key in counted if counted is not None else values:
                 _add(found, (section, key), values[key], job)
     for key, model in job.spec.models.items():

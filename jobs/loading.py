@@ -27,6 +27,7 @@ from jobs.references import MASK, References, is_one_reference, is_secret_name, 
 from jobs.schedule import parse_moment, variables_of
 from jobs.spec import JobSpec
 from pipelines.errors import SpecError
+from pipelines.step_settings import ASKING
 from pipelines.wording import printable
 
 _MOST_MISTAKES = 10
@@ -285,5 +286,5 @@ def _with_absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
 def _asking_steps(values: dict[str, Any]) -> list[dict[str, Any]]:
     steps = values.get("steps")
     named = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
-    found = [step.get(kind) for step in named for kind in ("generate", "judge")]
+    found = [step.get(kind) for step in named for kind in ASKING]
     return [step for step in found if isinstance(step, dict)]

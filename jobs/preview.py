@@ -17,20 +17,19 @@ from jobs.cutting import cut_lazily
 from jobs.loading import LoadedJob
 from jobs.proposal import input_schema, work_of
 from jobs.spec import needed_columns
-from pipelines.advance import Advance, Reading
+from pipelines.advance import Advance, Reading, row_of
 from pipelines.answering import Answering, Started
 from pipelines.contracts import Shard, Work
 from pipelines.dedup import duplicates
 from pipelines.dedup_keys import make_keys
-from pipelines.engine import open_engine
 from pipelines.errors import InputError
-from pipelines.generations import Generation, pools_of
+from pipelines.generations import Generation, engine_of, pools_of
 from pipelines.listing import list_files
 from pipelines.place import input_rows
 from pipelines.prepare import Prepare
 from pipelines.stage import Parcel
 from pipelines.step_settings import dedup_step
-from pipelines.steps import answers_schema, settled
+from pipelines.steps import answers_schema, is_good, settled
 from pipelines.tokenizer import load_tokenizer
 
 
@@ -44,14 +43,14 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
     files = list_files(job.spec.input, needed_columns(job.spec))
     work = work_of(job, input_schema(job.spec, files), fingerprint="", run_id="preview")
     parcel = _first_rows(Prepare(work), cut_lazily(files, rows), rows)
-    tokenizer = load_tokenizer(job.spec.model)
+    tokenizer = load_tokenizer(job.spec.pools[0].model)
     assert parcel.prompts is not None
     seen = []
     for row in parcel.prompts.to_pylist():
         ids = row["token_ids"]
         seen.append(
             {
-                "row_id": row["row_id"],
+                "row_id": row_of(row["row_id"]),
                 "prompt": None if ids is None else tokenizer.decode(ids),
                 "prompt_tokens": None if ids is None else len(ids),
                 "error_code": row["error_code"],
@@ -62,12 +61,14 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
         result = _without_duplicates(asyncio.run(_answered(parcel, work)), work)
         shown = ("generated_text", "finish_reason", "error_code", "error_message")
         added = result.schema.names[len(answers_schema(work)) :]
-        answers: dict[str, list[dict[str, Any]]] = {row["row_id"]: [] for row in seen}
+        answers: dict[str, list[dict[str, Any]]] = {}
         for row_id, record in zip(input_rows(result["row_id"]).to_pylist(), result.to_pylist(), strict=True):
-            answer = {name: record[name] for name in shown}
-            answers[row_id].append({**answer, "steps": {name: record[name] for name in added}})
-        for row in seen:
-            row["answers"] = answers[row["row_id"]]
+            answer = {name: record.get(name) for name in shown}
+            answer["steps"] = {name: record[name] for name in added}
+            answers.setdefault(row_id, []).append(answer)
+        shown_rows = input_rows(pa.chunked_array([[row["row_id"] for row in seen]], pa.string()))
+        for row, row_id in zip(seen, shown_rows.to_pylist(), strict=True):
+            row["answers"] = answers.get(row_id, [])
     return seen
 
 
@@ -92,21 +93,22 @@ def _first_rows(prepare: Prepare, shards: Iterable[Shard], rows: int) -> Parcel:
             break
     if not parcels:
         raise InputError("the input has no rows")
-    return Parcel(
-        shard=parcels[0].shard,
-        rows=pa.concat_tables([p.rows for p in parcels if isinstance(p.rows, pa.Table)]).slice(0, rows),
-        prompts=pa.concat_tables([p.prompts for p in parcels if p.prompts is not None]).slice(0, rows),
-    )
+    records = pa.concat_tables([p.rows for p in parcels if isinstance(p.rows, pa.Table)])
+    prompts = pa.concat_tables([p.prompts for p in parcels if p.prompts is not None])
+    kept = rows
+    if prepare.work.prompt is None:  # then only records that its first steps have left have a prompt
+        asked = np.flatnonzero(is_good(records).to_numpy())
+        kept = int(asked[rows]) if len(asked) > rows else len(records)
+    return Parcel(shard=parcels[0].shard, rows=records.slice(0, kept), prompts=prompts.slice(0, rows))
 
 
 async def _answered(parcel: Parcel, work: Work) -> pa.Table:
     """The records that the job would write of the parcel: all generations, one model after the other."""
     generation: Generation | None = None
     for pool in pools_of(work):
-        first = pool[0].work
-        engine = open_engine(first.model, first.sampling, first.pool, [g.work.sampling for g in pool[1:]])
+        engine = engine_of(pool)
         try:
-            started = Started.of(engine, await engine.start(), first)
+            started = Started.of(engine, await engine.start(), pool[0].work)
             for following in pool:
                 if generation is not None:
                     parcel = Advance(generation, following)(parcel)

@@ -52,18 +52,21 @@ class Proposal:
     @cached_property
     def engines(self) -> Engines:
         """The engines that the job would get, as far as that can be told without starting anything."""
-        return engines_of(self.job.spec, hardware_here(self.job.spec))
+        first = self.job.spec.pools[0]
+        return engines_of(first, hardware_here(first))
 
     @cached_property
     def other_engines(self) -> tuple[Engines, ...]:
-        """Those of the models that `generate` steps name, in the order of their first use."""
+        """Those of the other pools, in the order in which shards pass through them."""
         return tuple(engines_of(one, hardware_here(one)) for one in self.job.spec.pools[1:])
 
     @property
     def _added(self) -> list[pa.Schema]:
         """The columns that each step adds."""
         spec = self.job.spec
-        return added_by(result_schema(self.plan.input_schema, spec.output, spec.sampling), spec.steps)
+        prompted = spec.prompt is not None
+        answers = result_schema(self.plan.input_schema, spec.output, spec.sampling, prompted=prompted)
+        return added_by(answers, spec.steps)
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -227,11 +230,12 @@ def own_folders() -> tuple[str, ...]:
 
 def _cutting(spec: JobSpec) -> dict[str, Any]:
     """How to cut, for `jobs.cutting.cut`: from the pool's size at planning; a saved plan never changes with it."""
-    pool = spec.pool if spec.pool.replicas != "auto" else engines_of(spec, hardware_here(spec)).pool
-    speed = CPU_TOKENS_PER_S if spec.pool.device == "cpu" else GPU_TOKENS_PER_S
+    first = spec.pools[0]
+    pool = first.pool if first.pool.replicas != "auto" else engines_of(first, hardware_here(first)).pool
+    speed = CPU_TOKENS_PER_S if first.pool.device == "cpu" else GPU_TOKENS_PER_S
     return {
         "rows": spec.shards.rows,
         "target_tokens": speed * SHARD_S,
-        "output_tokens": (spec.sampling.max_tokens or 1024) / 2 * spec.sampling.n,
+        "output_tokens": (first.sampling.max_tokens or 1024) / 2 * first.sampling.n,
         "feed": pool.most_engines * pool.shards_in_flight,
     }

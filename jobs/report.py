@@ -148,7 +148,10 @@ def figures(report: Report) -> dict[str, str]:
         )
     if report.output_tokens_per_s is not None:
         rows_per_s = stats.rows_in / report.generating_s
-        found["speed"] = f"{report.output_tokens_per_s:,.0f} output tokens/s, {rows_per_s:,.1f} rows/s"
+        tokens_per_s = f"{report.output_tokens_per_s:,.0f} output tokens/s"
+        if not stats.completion_tokens:  # nothing was generated, only read
+            tokens_per_s = f"{stats.prompt_tokens / report.generating_s:,.0f} prompt tokens/s"
+        found["speed"] = f"{tokens_per_s}, {rows_per_s:,.1f} rows/s"
     found["time"] = f"{report.generating_s:,.1f} s generating, engine start {start_seconds(report)}"
     if report.engine_use:
         found["engines busy"] = "; ".join(uses_in_words(report.engine_use))
@@ -164,9 +167,10 @@ def figures(report: Report) -> dict[str, str]:
 
 def step_counts(counts: dict[str, int]) -> str:
     """`1,200 records: 1,150 out, 48 dropped, 2 failed`; without what is 0. An explode's with the records that it has added,
-    a generation's with its output tokens."""
+    a generation's with its tokens."""
     ends = [f"{counts[end]:,} {end}" for end in ("out", "dropped", "failed") if counts[end] or end == "out"]
-    tokens = f"; {counts['completion_tokens']:,} output tokens" if "completion_tokens" in counts else ""
+    words = {"completion_tokens": "output tokens", "prompt_tokens": "prompt tokens"}
+    tokens = next((f"; {counts[name]:,} {what}" for name, what in words.items() if counts.get(name)), "")
     added = f" + {counts['added']:,} added" if counts.get("added") else ""
     return f"{counts['in']:,} records{added}: {', '.join(ends)}{tokens}"
 

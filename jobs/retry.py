@@ -254,7 +254,8 @@ def _check_settings(job: LoadedJob, record: dict[str, Any], identity: dict[str, 
         frozen["sampling.logprobs"] = (before.get("sampling.logprobs"), identity.get("sampling.logprobs"))
     frozen["steps.dedup"] = (_dedup_of(before), _dedup_of(identity))
     frozen["steps.explode"] = (_lists_of(before), _lists_of(identity))
-    answers = result_schema(plan.input_schema, job.spec.output, job.spec.sampling)
+    spec, prompted = job.spec, job.spec.prompt is not None
+    answers = result_schema(plan.input_schema, spec.output, spec.sampling, prompted=prompted)
     frozen["columns of steps"] = (_step_columns(before, answers), _step_columns(identity, answers))
     # What a plan was made from is not in the identity.
     for section, key, default in (("input", "path", None), ("shards", "rows", "auto")):

@@ -12,6 +12,7 @@ import bisect
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from jobs.fingerprint import model_identity
@@ -22,6 +23,7 @@ from pipelines.errors import SpecError
 from pipelines.kept import KeptIn
 from pipelines.settings import SamplingSettings
 from pipelines.storage import Storage
+from pipelines.task import GENERATE, Task
 
 #: Stands in an output that keeps answers.
 KEPT = ".dray/answers/_KEPT"
@@ -35,15 +37,13 @@ def reuse_of(job: LoadedJob) -> Reuse | None:
     keep = bool(settings.outputs) if settings.keep is None else settings.keep
     if not keep and not settings.outputs:
         return None
-    asked = [("model", job.spec.sampling)]
+    asked = [("model", GENERATE, job.spec.sampling)]
     for key, step in job.spec.asking_steps.items():
-        asked.append((f"{key}.model" if step.model else "model", step.asked_sampling))
-    return Reuse(
-        keep=keep, sources=settings.outputs, digests=tuple(_digest(job, key, how) for key, how in asked)
-    )
+        asked.append((f"{key}.model" if step.model else "model", step.task, step.asked_sampling))
+    return Reuse(keep=keep, sources=settings.outputs, digests=tuple(_digest(job, *one) for one in asked))
 
 
-def _digest(job: LoadedJob, key: str, sampling: SamplingSettings) -> str:
+def _digest(job: LoadedJob, key: str, task: Task, sampling: SamplingSettings) -> str:
     """Of what all requests of a generation have in common: 16 hex digits."""
     model = model_identity(key, job.spec.models[key], job)
     hidden = {"max_tokens_column"}  # each row's own limit is in its key
@@ -53,6 +53,7 @@ def _digest(job: LoadedJob, key: str, sampling: SamplingSettings) -> str:
         "form": _FORM,
         # Where a folder lies is not what it holds.
         "model": {name.removeprefix(key): _content(value) for name, value in model.items()},
+        "task": asdict(task),
         "sampling": sampling.model_dump(mode="json", exclude=hidden, exclude_none=True),
     }
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]

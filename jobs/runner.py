@@ -43,7 +43,7 @@ from pipelines.errors import (
     JobIncomplete,
     LimitReached,
 )
-from pipelines.generations import with_pools
+from pipelines.generations import pools_of, with_pools
 from pipelines.kept import KeptIn
 from pipelines.metrics import tell_shards
 from pipelines.part import Footer
@@ -197,7 +197,8 @@ class Driver:
         self._tell("starting")
         with connected(self.job.spec.cluster):
             reserved = settle(self.job.spec)
-            in_flight = {"shards_in_flight": self.work.pool.shards_in_flight}  # a retry has its own
+            mine = pools_of(self.work)[0][0].work.pool
+            in_flight = {"shards_in_flight": mine.shards_in_flight}  # a retry has its own
             first, *others = [one.pool for one in reserved]
             self.work = with_pools(self.work, [first.model_copy(update=in_flight), *others])
             resources = [one.each for one in reserved]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from itertools import groupby
 from typing import Annotated
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ from jobs.limits import BudgetSettings
 from jobs.places import overlap
 from jobs.schedule import ScheduleSettings
 from pipelines.ask_settings import AskStep
-from pipelines.contracts import RESULT_FIELDS, extra_fields, result_schema
+from pipelines.contracts import extra_fields, result_fields, result_schema
 from pipelines.engine_args import check_engine_args
 from pipelines.errors import ModelError, SpecError
 from pipelines.filter import compile_filter
@@ -38,7 +39,8 @@ from pipelines.settings import (
     ShardSettings,
 )
 from pipelines.step_checks import check_steps, order_problems
-from pipelines.step_settings import StepSettings, step_names
+from pipelines.step_settings import ASKING, StepSettings, step_names
+from pipelines.task import GENERATE, Task
 from pipelines.template import Template
 
 _ADDRESS = re.compile(r"local|auto|(ray://)?[\w.-]+:\d{1,5}|(ray://)?\[[0-9a-fA-F:.]+\]:\d{1,5}")
@@ -95,8 +97,8 @@ class JobSpec(Settings):
     """Letters, digits, dots, dashes and underscores; stands in the ledger, in logs and metrics."""
     input: InputSettings
     """Where the rows come from."""
-    prompt: PromptSettings
-    """How a row becomes a prompt."""
+    prompt: PromptSettings | None = None
+    """How a row becomes a prompt. Without it the job begins with its steps, one of which asks a model."""
     model: ModelSettings
     """Which model answers."""
     sampling: SamplingSettings = SamplingSettings()
@@ -127,7 +129,11 @@ class JobSpec(Settings):
     @model_validator(mode="after")
     def _sections_agree(self) -> JobSpec:
         problems = (
-            _place_problems(self) + _source_problems(self) + _engine_problems(self) + _pool_problems(self)
+            _place_problems(self)
+            + _prompt_problems(self)
+            + _source_problems(self)
+            + _engine_problems(self)
+            + _pool_problems(self)
         )
         problems = problems or _column_problems(self)  # which compiles templates and the filter
         if problems:
@@ -137,7 +143,7 @@ class JobSpec(Settings):
     @property
     def functions(self) -> dict[str, str]:
         """The user's functions, `package.module:name`, by their key in the job file."""
-        found = {"prompt.function": self.prompt.function}
+        found = {"prompt.function": self.prompt.function if self.prompt else None}
         for name, step in self.named_steps.items():
             if step.map is not None:
                 found[f"steps.{name}.function"] = step.map.function
@@ -164,19 +170,22 @@ class JobSpec(Settings):
     @property
     def pools(self) -> tuple[JobSpec, ...]:
         """For each pool of engines, in the order in which shards pass through them, the job with its model and pool."""
-        found = [self]
-        for step in self.asking_steps.values():
-            model, pool = step.model or self.model, step.pool or self.pool
-            if (found[-1].model, found[-1].pool) != (model, pool):
-                update = {"model": model, "pool": pool, "sampling": step.asked_sampling}
-                found.append(self.model_copy(update=update))
-        return tuple(found)
+        asked = [(self.model, self.pool, GENERATE.engine, self.sampling)] if self.prompt else []
+        asked += [
+            (step.model or self.model, step.pool or self.pool, step.task.engine, step.asked_sampling)
+            for step in self.asking_steps.values()
+        ]
+        firsts = (next(sharing) for _, sharing in groupby(asked, key=lambda one: one[:3]))
+        return tuple(
+            self.model_copy(update={"model": model, "pool": pool, "sampling": sampling})
+            for model, pool, _, sampling in firsts
+        )
 
     @property
     def result_columns(self) -> tuple[str, ...]:
         """The columns that Dray adds to the input's."""
-        fields = (*RESULT_FIELDS, *extra_fields(self.output, self.sampling))
-        return tuple(field.name for field in fields)
+        fields = result_fields(prompted=self.prompt is not None)
+        return tuple(field.name for field in (*fields, *extra_fields(self.output, self.sampling)))
 
 
 def prompt_columns(spec: JobSpec) -> frozenset[str]:
@@ -219,9 +228,10 @@ def check_against_schema(spec: JobSpec, schema: pa.Schema) -> None:
         read = _read_columns(spec)
         problems += _collisions(spec, [name for name in known if read is None or name in read])
     if not problems:
-        problems += check_steps(
-            spec.steps, result_schema(_read_schema(spec, schema), spec.output, spec.sampling)
-        )
+        read = _read_schema(spec, schema)
+        prompted = spec.prompt is not None
+        answers = result_schema(read, spec.output, spec.sampling, prompted=prompted)
+        problems += check_steps(spec.steps, answers)
     if problems:
         raise SpecError("\n".join(dict.fromkeys(problems)))
 
@@ -285,10 +295,34 @@ def _collisions(spec: JobSpec, carried: list[str]) -> list[str]:
     return problems
 
 
+#: What only answers to the job's own prompt can have.
+_OF_ANSWERS = ("n", "logprobs", "max_tokens_column", "output_schema", "structured_outputs")
+
+
+def _prompt_problems(spec: JobSpec) -> list[str]:
+    """What a job without a prompt cannot do without, and what it cannot have."""
+    if spec.prompt is not None:
+        return []
+    if not spec.asking_steps:
+        return [
+            "prompt: missing; say how a row becomes a prompt, or give steps of which one asks a model "
+            f"({', '.join(ASKING)})"
+        ]
+    default = SamplingSettings()
+    problems = [
+        f"sampling.{name}: the job has no prompt that it could be for; each generate step has a sampling of its own"
+        for name in _OF_ANSWERS
+        if getattr(spec.sampling, name) != getattr(default, name)
+    ]
+    if spec.output.provenance:
+        problems.append("output.provenance: it is the job's own prompt's, and the job has none")
+    return problems
+
+
 def _source_problems(spec: JobSpec) -> list[str]:
     """Templates and filters that do not compile."""
     problems = []
-    sources = templates(spec.prompt)
+    sources = templates(spec.prompt) if spec.prompt else []
     for key, step in spec.asking_steps.items():
         sources += [(f"{key}.{step.key_of(name)}", source) for name, source in templates(step.asked_prompt)]
     for key, source in sources:
@@ -328,6 +362,26 @@ def _engine_problems(spec: JobSpec) -> list[str]:
             problems.append(
                 f"{key}.revision: give the commit of {model.source!r}; only the job's own model is pinned by itself"
             )
+    for key, step in spec.asking_steps.items():
+        problems += _runner_problems(
+            f"{key}.model" if step.model else "model", step.model or spec.model, step.task
+        )
+    if spec.prompt is not None:
+        problems += _runner_problems("model", spec.model, GENERATE)
+    return list(dict.fromkeys(problems))
+
+
+def _runner_problems(key: str, model: ModelSettings, task: Task) -> list[str]:
+    """A model that is to be hosted otherwise than its task needs; `key` is where it stands in the job file."""
+    problems = []
+    runner = model.engine.get("runner", "auto")
+    wanted = "pooling" if task.pools else "generate"
+    if runner not in ("auto", wanted):
+        problems.append(f"{key}.engine.runner: {task.name} needs {wanted!r}, not {runner!r}; leave it out")
+    if task.pools and model.lora is not None:
+        problems.append(
+            f"{key}.lora: {task.name} takes no adapter; merge it into the model, or give the step a model of its own"
+        )
     return problems
 
 
@@ -347,11 +401,11 @@ def _pool_problems(spec: JobSpec) -> list[str]:
 
 
 def _prompt_columns(spec: JobSpec) -> list[tuple[str, str]]:
-    return columns_of_prompt(spec.prompt, spec.sampling)
+    return columns_of_prompt(spec.prompt, spec.sampling) if spec.prompt else []
 
 
 def _type_problems(spec: JobSpec, schema: pa.Schema) -> list[str]:
-    problems = prompt_type_problems(spec.prompt, schema)
+    problems = prompt_type_problems(spec.prompt, schema) if spec.prompt else []
     name = spec.sampling.max_tokens_column
     if name in schema.names and not _is_whole(schema.field(name).type):
         problems.append(

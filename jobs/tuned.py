@@ -135,6 +135,8 @@ def tune(
     """
     began, spec = time.monotonic(), job.spec
     check_model(spec.model)
+    if spec.prompt is None:
+        raise SpecError("prompt: `dray tune` measures answers to the job's own prompt, and the job has none")
     engines = engines_of(spec, hardware_here(spec))
     if engines.hardware.gpus is None:
         raise SpecError(

@@ -7,6 +7,7 @@ from functools import cached_property
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.ask_settings import ScoreStep
 from pipelines.attempts import Attempts
 from pipelines.code import check_code
 from pipelines.contracts import PROMPT_SCHEMA, Counts, Work
@@ -40,13 +41,45 @@ class Reading:
 
     def records(self, parcel: Parcel) -> tuple[pa.Table, Parcel]:
         """(all records of the shard with the answers, before the generation's steps; the parcel with what was counted)."""
-        records, counts = records_of(parcel, self.generation, self.detokenizer)
+        records, counts = records_of(parcel, self.generation, self._texts)
         return records, with_counts(parcel, counts)
+
+    def _texts(self, prompts: pa.Table, generations: pa.Table) -> pa.ChunkedArray:
+        """The text of each sample: the engine's where it had to detokenise, ours elsewhere, null for failed rows."""
+        missing = pc.and_(generations["token_ids"].is_valid(), generations["text"].is_null())
+        answers = generations.filter(missing)
+        texts = self.detokenizer.texts(
+            prompts["token_ids"].take(answers["row"]).to_pylist(),
+            answers["token_ids"].to_pylist(),
+            answers["finish_reason"].to_pylist(),
+        )
+        engine_texts = generations["text"].cast(pa.string())
+        return pc.replace_with_mask(engine_texts, missing.combine_chunks(), pa.array(texts, pa.string()))
 
 
 def with_counts(parcel: Parcel, counts: Counts) -> Parcel:
     """The parcel, noting what some more steps have counted."""
     return parcel.noting(steps={**parcel.notes.get("steps", {}), **counts}) if counts else parcel
+
+
+def prompts_of(generation: Generation) -> PromptBuilder:
+    """What renders and tokenises the prompts of a generation that asks."""
+    work, step = generation.work, generation.step
+    assert work.prompt is not None
+    return PromptBuilder(
+        work.prompt,
+        load_tokenizer(work.model),
+        work.user_modules,
+        work.sampling,
+        key=f"steps.{generation.name}.prompt" if step else "prompt",
+        answer=step.answer if isinstance(step, ScoreStep) else None,
+    )
+
+
+def row_of(request_id: str) -> str:
+    """The row that a request is about, by the `row_id` among its prompts."""
+    sample, of_step, _ = request_id.rpartition("~@")
+    return sample.rpartition("~")[0] if of_step else request_id
 
 
 class Advance:
@@ -56,15 +89,8 @@ class Advance:
         self._reading, self._after = Reading(before), after
 
     @cached_property
-    def _builder(self) -> PromptBuilder:
-        work = self._after.work
-        return PromptBuilder(
-            work.prompt,
-            load_tokenizer(work.model),
-            work.user_modules,
-            work.sampling,
-            key=f"steps.{self._after.name}.prompt",
-        )
+    def builder(self) -> PromptBuilder:
+        return prompts_of(self._after)
 
     def __call__(self, parcel: Parcel) -> Parcel:
         """The parcel with its records as rows, and a prompt for each of them that is still good."""
@@ -83,7 +109,7 @@ class Advance:
     def _prompts(self, records: pa.Table, view: int) -> pa.Table:
         """A prompt for each record. Each sample of a row, and each view of it, is a request of its own: other seed, other
         suspect."""
-        prompts = self._builder.build(records)
+        prompts = self.builder.build(records)
         asks = f"@{self._after.name}" + (f"~{view}" if view else "")
         samples = records["sample_index"].cast(pa.string())
         ids = pc.binary_join_element_wise(records["row_id"], samples, asks, "~")

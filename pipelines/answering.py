@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.admission import Gate, gate_of
@@ -200,9 +201,13 @@ class Answering:
             own = self._structured.sampling_again(cut)
             longest = longest and longest * (2 if cut else 1)
         token_ids = self._token_ids[self._ends[row] : self._ends[row + 1]]
-        request = f"{self._work.run_id}-{next(self._numbers)}"
+        request, task = f"{self._work.run_id}-{next(self._numbers)}", self._work.task
         try:
             async with asyncio.timeout(limit):
+                if task.pools:
+                    return await engine.encode(request, token_ids, task)
+                if task.name == "score":
+                    return await engine.score(request, token_ids)
                 return await engine.generate(request, token_ids, seed, longest, own)
         except TimeoutError:
             if engine.last_token_at < began:
@@ -260,15 +265,22 @@ def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:
             yield error
 
 
+def unanswered(prompts: pa.Table) -> pa.Table:
+    """`GENERATION_SCHEMA` for prompts that no engine is asked: one row each, with its error if it has one."""
+    return _generation_table(prompts, [None] * len(prompts))
+
+
 def _generation_table(prompts: pa.Table, results: Sequence[Answer | RowError | None]) -> pa.Table:
     """`GENERATION_SCHEMA`: one row per sample, or one row with the error of a prompt that got none."""
     codes, messages = prompts["error_code"].to_pylist(), prompts["error_message"].to_pylist()
     rows: list[tuple[Any, ...]] = []
-    token_ids: list[Any] = []
+    token_ids: list[array[int] | None] = []
+    values: list[npt.NDArray[np.float32] | None] = []
     for row, result in enumerate(results):
         if isinstance(result, Answer):
             for index, sample in enumerate(result.samples):
                 token_ids.append(sample.token_ids)
+                values.append(sample.values)
                 rows.append(
                     (
                         row,
@@ -286,16 +298,18 @@ def _generation_table(prompts: pa.Table, results: Sequence[Answer | RowError | N
                 (result.code, str(result)) if isinstance(result, RowError) else (codes[row], messages[row])
             )
             token_ids.append(None)
+            values.append(None)
             rows.append((row, 0, None, None, None, None, code, message))
-    names = [name for name in GENERATION_SCHEMA.names if name != "token_ids"]
+    lists = {"token_ids": _lists(token_ids, np.int32), "values": _lists(values, np.float32)}
+    names = [name for name in GENERATION_SCHEMA.names if name not in lists]
     columns: dict[str, Any] = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else {}
-    columns = {name: columns.get(name, ()) for name in names} | {"token_ids": _lists(token_ids)}
+    columns = {name: columns.get(name, ()) for name in names} | lists
     return pa.table({name: columns[name] for name in GENERATION_SCHEMA.names}, schema=GENERATION_SCHEMA)
 
 
-def _lists(rows: Sequence[array[int] | None]) -> pa.ListArray:
-    """Arrays of C ints as one Arrow array, without a Python object per token."""
+def _lists(rows: Sequence[array[int] | npt.NDArray[Any] | None], type_: type[np.generic]) -> pa.ListArray:
+    """Arrays of C ints or floats as one Arrow array, without a Python object per number."""
     ends = np.cumsum([0, *(0 if row is None else len(row) for row in rows)], dtype=np.int32)
-    values = np.frombuffer(b"".join(row for row in rows if row is not None), np.int32)
+    values = np.frombuffer(b"".join(row.tobytes() for row in rows if row is not None), type_)
     missing = pa.array([row is None for row in rows], pa.bool_())
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(values), mask=missing)

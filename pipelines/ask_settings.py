@@ -1,16 +1,19 @@
-"""The steps that ask a model: `generate`, and `judge`, which asks for nothing but a verdict.
+"""The steps that ask a model: `generate`, `judge`, which asks for nothing but a verdict, and those that ask for numbers.
 
 steps:
   - generate: {column: summary, prompt: {template: "Shorten: {{ generated_text }}"}}
   - judge:    {column: score, rubric: "Is the summary true to the text?", columns: [text, summary], votes: 3}
   - judge:    {column: better, rubric: "Which answer is right?", columns: [question], compare: [first_try, second_try]}
+  - embed:    {column: vector, prompt: {prompt_column: summary}, model: {source: org/embedding-model, revision: 0123abc}}
+  - classify: {column: topic, prompt: {prompt_column: summary}, model: {source: org/classifier, revision: 0123abc}}
+  - score:    {column: fit, prompt: {template: "{{ question }}"}, answer: summary}
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from pipelines.settings import (
     ModelSettings,
@@ -22,6 +25,7 @@ from pipelines.settings import (
     StructuredOutputs,
     Text,
 )
+from pipelines.task import GENERATE, UNSAMPLED, Task
 
 Column = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 #: The two answers that a judge compares, as its prompt names them.
@@ -35,7 +39,7 @@ class AskStep(Settings):
 
     column: Column
     model: ModelSettings | None = None
-    """Which model answers; default: the job's. Consecutive generations with one model and pool share their engines."""
+    """Which model answers; default: the job's. Consecutive steps with one model, pool and kind of engine share their engines."""
     pool: PoolSettings | None = None
     """The engines of `model`; default: the job's `pool`."""
 
@@ -48,6 +52,11 @@ class AskStep(Settings):
     def asked_sampling(self) -> SamplingSettings:
         """How it answers."""
         raise NotImplementedError
+
+    @property
+    def task(self) -> Task:
+        """What it is asked to do."""
+        return GENERATE
 
     @property
     def adds(self) -> dict[str, str]:
@@ -217,3 +226,89 @@ class JudgeStep(AskStep):
         if not low < high < low + _MOST_VALUES:
             raise ValueError(f"scale: [{low}, {high}] is not a scale of 2 to {_MOST_VALUES} whole numbers")
         return self
+
+
+class NumbersStep(AskStep):
+    """What the steps have in common that ask for numbers: nothing is sampled."""
+
+    prompt: PromptSettings
+    """As the job's own, over all columns that are there by now."""
+
+    @property
+    def asked_prompt(self) -> PromptSettings:
+        return self.prompt
+
+    @property
+    def asked_sampling(self) -> SamplingSettings:
+        return UNSAMPLED
+
+
+class PoolingStep(NumbersStep):
+    """Ask a pooling model."""
+
+    prompt: PromptSettings
+    """As the job's own, over all columns that are there by now, but plain text unless it says `chat: true` or needs a chat."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _plain(cls, prompt: PromptSettings) -> PromptSettings:
+        # Embedding models made of chat models have their templates still, and are not to see them.
+        if prompt.chat is None and not (prompt.system or prompt.messages_column):
+            return prompt.model_copy(update={"chat": False})
+        return prompt
+
+
+class EmbedStep(PoolingStep):
+    """Turn a text of each record into a vector."""
+
+    column: Column
+    """The column of the vectors, `list<float32>`."""
+    dimensions: PositiveInt | None = None
+    """Keep only so many dimensions, of a Matryoshka model; default: all."""
+    normalize: bool | None = None
+    """Whether vectors have length 1; default: as the model's own configuration says, else true."""
+
+    @property
+    def adds(self) -> dict[str, str]:
+        return {self.column: "list<float32>"}
+
+    @property
+    def task(self) -> Task:
+        return Task(name="embed", dimensions=self.dimensions, use_activation=self.normalize)
+
+
+class ClassifyStep(PoolingStep):
+    """Give each record one of a classifier's labels."""
+
+    column: Column
+    """The column of the labels, names of the model's `id2label`. Beside it comes `…_probability`, the label's."""
+    probabilities: bool = False
+    """Add `…_probabilities`, `list<float32>`: of all classes, in the order of `id2label`."""
+
+    @property
+    def adds(self) -> dict[str, str]:
+        every = {f"{self.column}_probabilities": "list<float32>"} if self.probabilities else {}
+        return {self.column: "string", f"{self.column}_probability": "float32", **every}
+
+    @property
+    def task(self) -> Task:
+        return Task(name="classify")
+
+
+class ScoreStep(NumbersStep):
+    """Ask a model how likely a given answer is after a prompt."""
+
+    column: Column
+    """What the columns' names begin with: `…_logprob`, the sum of the log-probabilities (natural logarithm) of the answer's
+    tokens; `…_tokens`, how many they are; `…_perplexity`, `exp(-logprob / tokens)`."""
+    answer: Text
+    """The column of the answer's text. Its tokens follow the prompt's, without special tokens."""
+
+    @property
+    def adds(self) -> dict[str, str]:
+        kinds = {"_logprob": "float64", "_tokens": "int32", "_perplexity": "float64"}
+        return {f"{self.column}{suffix}": kind for suffix, kind in kinds.items()}
+
+    @property
+    def task(self) -> Task:
+        return Task(name="score")

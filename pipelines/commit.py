@@ -49,7 +49,8 @@ class Commit:
         self.attempts = Attempts(self.storage, "commit", work.run_id)
         # 3.5 s of CPU: now, while the engine starts, and not when the first shard comes.
         with contextlib.suppress(Exception):
-            _ = self.reading.detokenizer
+            if self.reading.generation.writes:
+                _ = self.reading.detokenizer
 
     @cached_property
     def reading(self) -> Reading:

@@ -27,6 +27,7 @@ from pipelines.settings import (
     SamplingSettings,
 )
 from pipelines.step_settings import StepSettings
+from pipelines.task import GENERATE, Task
 
 #: Version of the output layout, in `.dray/spec.json` and in every part's footer.
 FORMAT_VERSION = 1
@@ -143,7 +144,8 @@ class Work:
     user_modules: tuple[str, ...]
     """Folders that hold the user's own packages, for the workers' import path."""
     input: InputSettings
-    prompt: PromptSettings
+    prompt: PromptSettings | None
+    """None: the job begins with its steps."""
     model: ModelSettings
     sampling: SamplingSettings
     output: OutputSettings
@@ -153,6 +155,8 @@ class Work:
     """The input columns that are read, pinned at the first plan."""
     steps: tuple[StepSettings, ...] = ()
     """What is made of the answers before they are written."""
+    task: Task = GENERATE
+    """What the model is asked to do; of one of the job's generations (`pipelines.generations`)."""
     reuse: Reuse | None = None
     """Set: answers are kept, or looked for among those kept before."""
     retry: Retry | None = None
@@ -178,6 +182,9 @@ PROMPT_SCHEMA = pa.schema(
         ROW_ID,
         pa.field("token_ids", pa.list_(pa.int32())),  # null: see error_code
         pa.field("max_tokens", pa.int32()),  # null: the job's
+        pa.field(
+            "answer_tokens", pa.int32()
+        ),  # of a `score` step: the last so many of `token_ids` are the answer's
         *ERROR_FIELDS,
     ]
 )
@@ -201,33 +208,48 @@ GENERATION_SCHEMA = pa.schema(
         pa.field("finish_reason", pa.string()),
         pa.field("cached_tokens", pa.int32()),
         pa.field("logprobs", LOGPROBS_TYPE),
+        pa.field("values", pa.list_(pa.float32())),  # see `engine.Sample`
         *ERROR_FIELDS,
     ]
 )
 
-#: What a part holds after the input columns. Key: (row_id, sample_index).
-RESULT_FIELDS = (
-    ROW_ID,
-    pa.field("sample_index", pa.int32(), nullable=False),
+#: The answer to the job's own prompt.
+ANSWER_FIELDS = (
     pa.field("generated_text", pa.string()),
     pa.field("finish_reason", pa.string()),
     pa.field("prompt_tokens", pa.int32()),
     pa.field("completion_tokens", pa.int32()),
     pa.field("cached_tokens", pa.int32()),
+)
+#: What a part holds after the input columns. Key: (row_id, sample_index).
+RESULT_FIELDS = (
+    ROW_ID,
+    pa.field("sample_index", pa.int32(), nullable=False),
+    *ANSWER_FIELDS,
     *ERROR_FIELDS,
     pa.field("run_id", pa.string(), nullable=False),
 )
 LOGPROBS_FIELD = pa.field("logprobs", LOGPROBS_TYPE)
 
 
-def result_schema(input_schema: pa.Schema, output: OutputSettings, sampling: SamplingSettings) -> pa.Schema:
-    """The explicit schema of a shard's answers, errors and logprobs columns included; steps add columns to it."""
+def result_fields(*, prompted: bool) -> tuple[pa.Field, ...]:
+    """`RESULT_FIELDS`; without the answer's where the job has no prompt of its own."""
+    return tuple(field for field in RESULT_FIELDS if prompted or field not in ANSWER_FIELDS)
+
+
+def result_schema(
+    input_schema: pa.Schema, output: OutputSettings, sampling: SamplingSettings, *, prompted: bool = True
+) -> pa.Schema:
+    """The explicit schema of a shard's answers, errors and logprobs columns included; steps add columns to it.
+
+    `prompted`: whether the job has a prompt of its own.
+    """
     names = input_schema.names if output.columns == "all" else output.columns
     carried = [
         input_schema.field(name).with_name(output.rename.get(name, name)).with_nullable(True)
         for name in names
     ]
-    return pa.schema([*carried, *RESULT_FIELDS, *extra_fields(output, sampling)])
+    return pa.schema([*carried, *result_fields(prompted=prompted), *extra_fields(output, sampling)])
 
 
 #: With `output.provenance`, besides `run_id`.
@@ -267,7 +289,7 @@ def unpack(data: bytes | pa.Buffer) -> pa.Table:
 
 
 #: For each step by name the records `in`, `out`, `dropped` and `failed`; of an `explode` step those `added` as well, of a
-#: `generate` step its tokens.
+#: step that asks a model its tokens.
 Counts = dict[str, dict[str, int]]
 
 

@@ -13,21 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.contracts import Counts, ShardStats
+from pipelines.contracts import ANSWER_FIELDS, Counts, ShardStats
 from pipelines.histogram import Histogram
 from pipelines.place import has_elements, input_rows
 from pipelines.stage import Parcel
 
-#: The columns that `tally` reads.
-TALLIED = (
-    "row_id",
-    "sample_index",
-    "finish_reason",
-    "prompt_tokens",
-    "completion_tokens",
-    "cached_tokens",
-    "error_code",
-)
+#: The columns that `tally` reads, and those that it reads where the job has a prompt of its own.
+TALLIED = ("row_id", "sample_index", "error_code")
+ANSWERED = tuple(field.name for field in ANSWER_FIELDS if field.name != "generated_text")
 #: The statistics that the written rows themselves tell; the others are times and what was read.
 COUNTED = ("rows_ok", "rows_failed", "samples", "error_codes")
 #: What was spent on answers. The written rows tell it as well, unless steps have dropped or failed some of them.
@@ -35,36 +28,38 @@ SPENT = ("prompt_tokens", "completion_tokens", "cached_tokens", "finish_reasons"
 
 
 def tally(rows: pa.Table) -> ShardStats:
-    """`COUNTED` and `SPENT`, from all rows of a shard; `rows_in` is their number, nothing else is set."""
+    """`COUNTED` and `SPENT` on the job's own prompt, from all rows of a shard; `rows_in` is their number, nothing else is set."""
     ok = rows.filter(pc.is_null(rows["error_code"]))
     failed = rows.filter(pc.is_valid(rows["error_code"]))
-    first = ok.filter(pc.equal(ok["sample_index"], 0))
     rows_ok, rows_failed = (pc.count_distinct(some["row_id"]).as_py() for some in (ok, failed))
     return ShardStats(
         rows_in=rows_ok + rows_failed,
         rows_ok=rows_ok,
         rows_failed=rows_failed,
         samples=len(ok),
-        prompt_tokens=pc.sum(first["prompt_tokens"]).as_py() or 0,
-        completion_tokens=pc.sum(ok["completion_tokens"]).as_py() or 0,
-        cached_tokens=pc.sum(first["cached_tokens"]).as_py() or 0,
         error_codes=dict(Counter(failed["error_code"].to_pylist())),
-        finish_reasons=dict(Counter(ok["finish_reason"].to_pylist())),
+        **_spent(ok),
     )
 
 
 def spent(records: pa.Table, steps: Counts) -> dict[str, Any]:
-    """`SPENT`: on the records' own answers, and on what `generate` steps asked about them, whatever became of them."""
-    answered = distinct_answers(records.filter(pc.is_valid(records["completion_tokens"])))
+    """`SPENT`: on the records' own answers, and on what steps asked a model about them, whatever became of them."""
+    found = _spent(distinct_answers(records))
+    for name in ("prompt_tokens", "completion_tokens", "cached_tokens"):
+        found[name] += sum(step.get(name, 0) for step in steps.values())
+    return found
+
+
+def _spent(records: pa.Table) -> dict[str, Any]:
+    """`SPENT` on the records' own answers; nothing where the job has no prompt of its own."""
+    if not set(ANSWERED) <= set(records.column_names):
+        return {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0, "finish_reasons": {}}
+    answered = records.filter(pc.is_valid(records["completion_tokens"]))
     first = answered.filter(pc.equal(answered["sample_index"], 0))
-
-    def total(table: pa.Table, name: str) -> int:
-        return (pc.sum(table[name]).as_py() or 0) + sum(step.get(name, 0) for step in steps.values())
-
     return {
-        "prompt_tokens": total(first, "prompt_tokens"),
-        "completion_tokens": total(answered, "completion_tokens"),
-        "cached_tokens": total(first, "cached_tokens"),
+        "prompt_tokens": pc.sum(first["prompt_tokens"]).as_py() or 0,
+        "completion_tokens": pc.sum(answered["completion_tokens"]).as_py() or 0,
+        "cached_tokens": pc.sum(first["cached_tokens"]).as_py() or 0,
         "finish_reasons": dict(Counter(answered["finish_reason"].to_pylist())),
     }
 

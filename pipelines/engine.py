@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pipelines.errors import RowError
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
+from pipelines.task import GENERATE, Task
 
 #: A prompt: int32 as it lies in an Arrow column, or any sequence of ints.
 TokenIds = npt.NDArray[np.int32] | Sequence[int]
@@ -80,6 +81,9 @@ class Sample:
     """`stop` or `length`."""
     logprobs: list[dict[str, Any]] | None = None
     """One `contracts.LOGPROBS_TYPE` struct per token, where asked for."""
+    values: npt.NDArray[np.float32] | None = None
+    """What other tasks than `generate` give instead of tokens: of `embed` the vector, of `classify` the probability of each
+    class (`text` is the name of the likeliest), of `score` the log-probability of each prompt token but the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +96,14 @@ class Answer:
     ttft_s: float | None
     """Seconds from the request to the first token, where the engine tells."""
     preemptions: int = 0
+
+    @classmethod
+    def of_values(
+        cls, values: npt.NDArray[np.float32], text: str | None = None, cached_tokens: int = 0
+    ) -> Answer:
+        """One sample without tokens: what other tasks than `generate` give."""
+        sample = Sample(token_ids=array("i"), text=text, finish_reason="stop", values=values)
+        return cls(samples=[sample], cached_tokens=cached_tokens, ttft_s=None)
 
 
 class Engine(Protocol):
@@ -116,13 +128,19 @@ class Engine(Protocol):
         what it loads with the first request does not load.
         """
 
+    async def encode(self, request_id: str, token_ids: TokenIds, task: Task) -> Answer:
+        """Pool one prompt, by an engine that was opened for such a task: one sample, of `values`. Else as `generate`."""
+
+    async def score(self, request_id: str, token_ids: TokenIds) -> Answer:
+        """How likely the prompt is in the model's eyes: one sample, of `values`. Else as `generate`."""
+
     @property
     def last_token_at(self) -> float:
         """`time.monotonic()` of the latest token of any request; of the start where there was none."""
 
     @property
     def output_tokens(self) -> int:
-        """Tokens generated so far, of requests in flight too."""
+        """Tokens generated so far, of requests in flight too; of pooled prompts their own."""
 
     @property
     def cache_use(self) -> CacheUse:
@@ -135,8 +153,8 @@ class Engine(Protocol):
         """End every process of the engine at once, also of one that hangs or is half dead; blocks until they are gone."""
 
 
-def check_prompt(token_ids: TokenIds, max_model_len: int) -> list[int]:
-    """The prompt as plain ints, checked before any engine sees it. Raises RowError.
+def check_prompt(token_ids: TokenIds, max_model_len: int, *, answered: bool = True) -> list[int]:
+    """The prompt as plain ints, checked before any engine sees it. Raises RowError. `answered`: a token is to follow it.
 
     vLLM relies on it: an id that is no integer ends the thread on which its engine process takes requests, and all
     later ones hang; a negative id gets through to the embedding before 0.32, which kills a GPU engine.
@@ -150,10 +168,11 @@ def check_prompt(token_ids: TokenIds, max_model_len: int) -> list[int]:
     ids: list[int] = array_ids.tolist()
     if not ids:
         raise RowError("empty_prompt", "the prompt has no tokens")
-    if len(ids) >= max_model_len:
+    if len(ids) + answered > max_model_len:
+        counted = ", which counts prompt and answer" if answered else ""
         raise RowError(
             "prompt_too_long",
-            f"the prompt has {len(ids)} tokens and max_model_len is {max_model_len}, which counts prompt and answer",
+            f"the prompt has {len(ids)} tokens and max_model_len is {max_model_len}{counted}",
         )
     if (lowest := int(array_ids.min())) < 0:
         raise RowError("invalid_request", f"Token id {lowest} is out of vocabulary")
@@ -165,12 +184,16 @@ def open_engine(
     sampling: SamplingSettings,
     pool: PoolSettings,
     others: Sequence[SamplingSettings] = (),
+    task: Task = GENERATE,
 ) -> Engine:
-    """The engine that `model.backend` names, not started yet. `others`: what `generate` will be asked for besides."""
+    """The engine that `model.backend` names, not started yet.
+
+    `others`: what `generate` will be asked for besides; `task`: what else, by whatever of it an engine must be fit for.
+    """
     if model.backend == "simulated":
         from pipelines.simulated_engine import SimulatedEngine
 
         return SimulatedEngine(model, sampling, others)
     from pipelines.vllm_engine import VLLMEngine
 
-    return VLLMEngine(model, sampling, pool, others)
+    return VLLMEngine(model, sampling, pool, others, task)

@@ -32,9 +32,8 @@ from pipelines.answering import Answering, Started, replica_name
 from pipelines.attempts import Attempt, Attempts, History, clear_attempts
 from pipelines.code import check_code
 from pipelines.contracts import Work
-from pipelines.engine import open_engine
 from pipelines.errors import EngineDied, EngineStartError, RowError, Stopped
-from pipelines.generations import Generation, pools_of
+from pipelines.generations import Generation, engine_of, pools_of
 from pipelines.kept import KeptAnswers
 from pipelines.merge import is_committed
 from pipelines.metrics import INTERVAL_S, EngineMetrics
@@ -258,8 +257,7 @@ class Generate:
         raise AssertionError("unreachable")
 
     def _open_once(self) -> Started:
-        others = [generation.work.sampling for generation in self._generations[1:]]
-        engine = open_engine(self.work.model, self.work.sampling, self.work.pool, others)
+        engine = engine_of(self._generations)
         info = asyncio.run(engine.start())
         return Started.of(engine, info, self.work)
 

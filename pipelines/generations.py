@@ -1,10 +1,11 @@
-"""A job's generations: the times that a model answers. The job's own prompt is the first, each `generate` or `judge` step
-one more.
+"""A job's generations: the times that a model is asked. The job's own prompt is the first, each step that asks a model
+(`pipelines.ask_settings`) one more.
 
     prompt ─► answers ─► steps ─► prompt of a `generate` step ─► answers ─► steps ─► part
 
-Each has the steps that follow it, up to the next generation. Consecutive ones with the same model and pool share
-engines: a shard stays with its engine until another model's turn comes.
+Each has the steps that follow it, up to the next generation. Consecutive ones with the same model, pool and kind of engine
+share engines: a shard stays with its engine until another one's turn comes. A job without a prompt has a first generation that
+asks nothing: its records are the input's rows, and its steps come before the first engine.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from pipelines.ask_settings import AskStep
 from pipelines.contracts import Work
+from pipelines.engine import Engine, open_engine
 from pipelines.settings import ModelSettings, PoolSettings
 from pipelines.step_settings import StepSettings, step_names
 
@@ -28,12 +30,22 @@ class Generation:
     name: str
     """Of the step that asks, in statistics and messages; `""` for the job's own."""
     work: Work
-    """The job's, with this generation's prompt, model, sampling and pool."""
+    """The job's, with this generation's prompt, model, task, sampling and pool."""
     step: AskStep | None
     """None for the job's own."""
     steps: tuple[StepSettings, ...]
     """Those after it, before the next generation."""
     step_names: tuple[str, ...]
+
+    @property
+    def asks(self) -> bool:
+        """Whether a model is asked at all."""
+        return self.work.prompt is not None
+
+    @property
+    def writes(self) -> bool:
+        """Whether texts come of it."""
+        return self.asks and self.work.task.name == "generate"
 
 
 def generations_of(work: Work) -> tuple[Generation, ...]:
@@ -49,6 +61,7 @@ def generations_of(work: Work) -> tuple[Generation, ...]:
             else replace(
                 work,
                 prompt=step.asked_prompt,
+                task=step.task,
                 sampling=step.asked_sampling,
                 model=step.model or work.model,
                 pool=step.pool or work.pool,
@@ -70,11 +83,12 @@ def generations_of(work: Work) -> tuple[Generation, ...]:
 def pools_of(work: Work) -> tuple[tuple[Generation, ...], ...]:
     """The generations of each pool of engines, in the order in which a shard passes through them."""
 
-    def engines(generation: Generation) -> tuple[ModelSettings, PoolSettings]:
-        return generation.work.model, generation.work.pool
+    def engines(generation: Generation) -> tuple[ModelSettings, PoolSettings, str]:
+        return generation.work.model, generation.work.pool, generation.work.task.engine
 
+    asking = (generation for generation in generations_of(work) if generation.asks)
     pools: list[tuple[Generation, ...]] = []
-    for generation in generations_of(work):
+    for generation in asking:
         if pools and engines(pools[-1][0]) == engines(generation):
             pools[-1] = (*pools[-1], generation)
         else:
@@ -82,10 +96,16 @@ def pools_of(work: Work) -> tuple[tuple[Generation, ...], ...]:
     return tuple(pools)
 
 
+def engine_of(pool: Sequence[Generation]) -> Engine:
+    """The engine that does what all generations of a pool ask for, not started yet."""
+    first, *others = (generation.work for generation in pool)
+    scored = next((work.task for work in others if work.task.name == "score"), first.task)
+    return open_engine(first.model, first.sampling, first.pool, [work.sampling for work in others], scored)
+
+
 def with_pools(work: Work, pools: Sequence[PoolSettings]) -> Work:
     """The job with these settings for its pools, one for each of `pools_of`."""
-    settled = dict(zip((pool[0].index for pool in pools_of(work)), pools, strict=True))
-    of = {g.index: settled[pool[0].index] for pool in pools_of(work) for g in pool}
+    of = {g.index: pool for pool, asking in zip(pools, pools_of(work), strict=True) for g in asking}
     index = itertools.count(1)
     steps = tuple(step if step.asks is None else step.asking(pool=of[next(index)]) for step in work.steps)
-    return replace(work, pool=of[0], steps=steps)
+    return replace(work, pool=pools[0], steps=steps)

@@ -17,6 +17,7 @@ import logging
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -46,9 +47,10 @@ class KeptAnswers:
         self._own = Storage(work.output.path, options)
         self._sources = [Storage(url, options) for url in work.reuse.sources]
         self._keep = work.reuse.keep
-        digests = [work.reuse.digests[one.index] for one in generations_of(work)]
+        digests = {one.index: work.reuse.digests[one.index] for one in generations_of(work) if one.asks}
         self._digest = digests[generation.index]
-        self._k = digests[: generation.index].count(self._digest)
+        before = [digest for index, digest in digests.items() if index < generation.index]
+        self._k = before.count(self._digest)
         self._greedy = generation.work.sampling.temperature == 0
 
     def recall(self, parcel: Parcel) -> dict[int, Answer]:
@@ -131,6 +133,7 @@ def _answers(kept: pa.Table, wanted: Iterable[bytes]) -> Iterator[tuple[bytes, A
                         text=sample["text"],
                         finish_reason=sample["finish_reason"],
                         logprobs=sample["logprobs"],
+                        values=None if sample["values"] is None else np.asarray(sample["values"], np.float32),
                     )
                     for sample in samples
                 ],

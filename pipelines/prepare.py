@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from functools import cached_property
 
 import pyarrow as pa
 
+from pipelines.advance import Advance, prompts_of
+from pipelines.answering import unanswered
 from pipelines.attempts import Attempts, History
 from pipelines.code import check_code
 from pipelines.contracts import PROMPT_SCHEMA, Work
 from pipelines.errors import Stopped
+from pipelines.generations import generations_of
 from pipelines.merge import failed_rows
 from pipelines.orphans import end_with_parent
 from pipelines.policy import check_model_allowed
-from pipelines.prompt import PromptBuilder
+from pipelines.prompt import PromptBuilder, no_prompts
 from pipelines.read import read_shard
 from pipelines.stage import Failure, Parcel
 from pipelines.stop import StopFlag
 from pipelines.storage import Storage
-from pipelines.tokenizer import do_without_torch, load_tokenizer
+from pipelines.tokenizer import do_without_torch
 
 
 class Prepare:
@@ -35,6 +39,10 @@ class Prepare:
         self.storage = Storage(work.output.path, work.output.storage_options)
         self.attempts = Attempts(self.storage, "prepare", work.run_id)
         self._stop = stop
+        first, *others = generations_of(work)
+        self._asking = first if first.asks else others[0]
+        self._first_steps = None if first.asks else Advance(first, self._asking)
+        """Of a job without a prompt: from the rows to the prompts of the first model step."""
         with contextlib.suppress(Exception):
             _ = self.builder
 
@@ -42,10 +50,8 @@ class Prepare:
     def builder(self) -> PromptBuilder:
         """Made with the actor; what is wrong with it meets the first shard again and is that shard's failure."""
         check_code(self.work.code_digest, self.work.code_path)
-        check_model_allowed(self.work.model)  # by this machine's own policy
-        return PromptBuilder(
-            self.work.prompt, load_tokenizer(self.work.model), self.work.user_modules, self.work.sampling
-        )
+        check_model_allowed(self._asking.work.model)  # by this machine's own policy
+        return prompts_of(self._asking) if self._first_steps is None else self._first_steps.builder
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         parcel = Parcel.from_batch(batch)
@@ -71,19 +77,24 @@ class Prepare:
         rows = read_shard(parcel.shard, self.work.input, self.work.input_schema)
         if wanted is not None:
             rows = rows.only(wanted)
-        prompts = (
-            builder.build(rows.table) if history is None else self._in_groups(rows.table, history, parcel)
-        )
-        return Parcel(
+        prepared = Parcel(
             shard=parcel.shard,
             # The last two are reading's error columns; by place, since the input may have columns of these names.
             rows=rows.table.select(range(rows.table.num_columns - 2)),
-            prompts=prompts,
             notes=parcel.notes,
-        ).noting(
+        )
+        if self._first_steps is not None:
+            prompts = no_prompts(rows.table)
+            unasked = replace(prepared, prompts=prompts, generations=unanswered(prompts))
+            prepared = self._first_steps(unasked)
+        elif history is None:
+            prepared = replace(prepared, prompts=builder.build(rows.table))
+        else:
+            prepared = replace(prepared, prompts=self._in_groups(rows.table, history, parcel))
+        return prepared.noting(
             rows_read=rows.rows_read,
             rows_filtered=rows.rows_filtered,
-            rows_in=len(prompts),
+            rows_in=len(rows.table),
             started_at=started_at,
             prepare_s=time.monotonic() - began,
         )
@@ -91,10 +102,13 @@ class Prepare:
     def _begin(self, parcel: Parcel) -> History | None:
         """Record the attempt; the history where this shard has ended the process `errors.max_attempts` times."""
         key, pass_ = self.work.attempts_key(parcel.shard), parcel.notes["pass"]
+        most = self.work.errors.max_attempts
+        if self._first_steps is not None:  # as between two generations, nobody looks for the row
+            self.attempts.begin_whole(key, pass_, name=parcel.shard.part_name, most=most)
+            return None
         if self.attempts.begin(key, pass_):
             return None
         history = self.attempts.history(key, pass_)
-        most = self.work.errors.max_attempts
         history.check("prepare", parcel.shard.part_name, most=2 * most)
         self.attempts.another(key, pass_, history.latest)
         return history if len(history.deaths) >= most else None

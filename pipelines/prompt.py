@@ -2,7 +2,7 @@
 
     columns ─► turns (template | messages_column | prompt_column | function) ─► prompt text ─► token ids
 
-Each step can fail for one row without touching its neighbours; the error travels in the row's place.
+Where an answer is given (`score` steps), its token ids follow the prompt's. Each step can fail for one row without touching its neighbours; the error travels in the row's place.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -40,7 +40,8 @@ class Tokenizer(Protocol):
 
 class PromptBuilder:
     """Builds the prompts of any number of tables. `folders` are the user's own, for `prompt.function`;
-    `sampling` says where a row's own `max_tokens` stands, `key` where the settings stand in the job file.
+    `sampling` says where a row's own `max_tokens` stands, `key` where the settings stand in the job file, `answer` in which
+    column the text is that follows the prompt.
 
     Raises SpecError on construction: template syntax, a function that cannot be imported, a chat without a chat
     template.
@@ -53,8 +54,10 @@ class PromptBuilder:
         folders: Sequence[str] = (),
         sampling: SamplingSettings | None = None,
         key: str = "prompt",
+        answer: str | None = None,
     ) -> None:
         self.settings = settings
+        self._answer = answer
         self._sampling = sampling or SamplingSettings()
         self.tokenizer = tokenizer
         has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -85,13 +88,15 @@ class PromptBuilder:
             limit if isinstance(limit, RowError) and isinstance(text, str) else text
             for text, limit in zip(self.texts(table), limits, strict=True)
         ]
-        token_ids = self._tokenise(outcomes)
+        token_ids = self._tokenise(outcomes, "prompt", special=not self.chat)
+        answer_tokens = self._append_answers(table, outcomes, token_ids)
         errors = [outcome if isinstance(outcome, RowError) else None for outcome in outcomes]
         return pa.table(
             [
                 _added_column(table, "row_id"),
                 pa.array(token_ids, PROMPT_SCHEMA.field("token_ids").type),
                 pa.array([None if isinstance(x, RowError) else x for x in limits], pa.int32()),
+                pa.array(answer_tokens, pa.int32()),
                 pa.array([error and error.code for error in errors], pa.string()),
                 pa.array([error and str(error) for error in errors], pa.string()),
             ],
@@ -124,16 +129,45 @@ class PromptBuilder:
 
         return _batch_or_singly(render, conversations, "the model's chat template: ")
 
-    def _tokenise(self, outcomes: list[str | RowError]) -> list[Sequence[int] | None]:
-        """Token ids per row; turns the outcomes of rows that cannot be tokenised, or to nothing, into errors."""
+    def _append_answers(
+        self, table: pa.Table, outcomes: list[str | RowError], token_ids: list[Sequence[int] | None]
+    ) -> list[int | None]:
+        """Put each row's answer behind its prompt; how many ids it is. A row without one fails, as its outcome then says.
+
+        Tokenised by itself: the boundary between prompt and answer is one between tokens, as it is while a model answers.
+        """
+        if self._answer is None:
+            return [None] * len(outcomes)
+        column = self._answer
+        answers: list[str | RowError] = [
+            _value_or_error(value, column, _text) for value in column_values(table, column)
+        ]
+        answer_ids = self._tokenise(answers, "answer", special=False)
+        counts: list[int | None] = [None] * len(outcomes)
+        for row, (prompt, answer) in enumerate(zip(token_ids, answer_ids, strict=True)):
+            if prompt is None:
+                continue
+            if answer is None:
+                outcomes[row], token_ids[row] = answers[row], None
+            else:
+                token_ids[row], counts[row] = [*prompt, *answer], len(answer)
+        return counts
+
+    def _tokenise(
+        self, outcomes: list[str | RowError], what: str, *, special: bool
+    ) -> list[Sequence[int] | None]:
+        """Token ids per row; turns the outcomes of rows that cannot be tokenised, or to nothing, into errors.
+
+        `special`: with the special tokens that the tokenizer adds to a text. A chat template writes them itself: adding
+        them again would double BOS.
+        """
         places = [place for place, outcome in enumerate(outcomes) if isinstance(outcome, str)]
         texts = [outcome for outcome in outcomes if isinstance(outcome, str)]
 
         def encode(batch: list[str]) -> list[Sequence[int]]:
-            # A chat template writes the special tokens itself: adding them again would double BOS.
             encoded = self.tokenizer(
                 batch,
-                add_special_tokens=not self.chat,
+                add_special_tokens=special,
                 return_attention_mask=False,
                 return_token_type_ids=False,
                 verbose=False,  # "longer than the maximum" is checked where the engine's limit is known
@@ -146,10 +180,17 @@ class PromptBuilder:
             if isinstance(result, RowError):
                 outcomes[place] = result
             elif len(result) == 0:
-                outcomes[place] = RowError("empty_prompt", "the prompt has no tokens")
+                outcomes[place] = RowError("empty_prompt", f"the {what} has no tokens")
             else:
                 token_ids[place] = result
         return token_ids
+
+
+def no_prompts(table: pa.Table) -> pa.Table:
+    """`contracts.PROMPT_SCHEMA` for rows that nothing is asked about: their ids, and reading's errors."""
+    given = {name: _added_column(table, name) for name in ("row_id", "error_code", "error_message")}
+    columns = [given.get(field.name, pa.nulls(len(table), field.type)) for field in PROMPT_SCHEMA]
+    return pa.table(columns, schema=PROMPT_SCHEMA)
 
 
 class Conversations:
@@ -186,6 +227,7 @@ class Conversations:
 # ── Where the turns come from ────────────────────────────────────────────────────────────────────────────────────
 
 _NO_CHAT = "the prompt function returned messages, but no chat template is applied (prompt.chat, or the model has none)"
+_T = TypeVar("_T")
 Source = Callable[[pa.Table], Iterable[Turns | RowError]]
 
 
@@ -244,7 +286,7 @@ def _called(function: Callable[..., Any], table: pa.Table) -> Iterator[Turns | R
             yield RowError("prompt_error", f"prompt.function: {one_line(error)}")
 
 
-def _value_or_error(value: Any, column: str, convert: Callable[[Any], Turns]) -> Turns | RowError:
+def _value_or_error(value: Any, column: str, convert: Callable[[Any], _T]) -> _T | RowError:
     if isinstance(value, RowError):
         return value
     if value is None:

@@ -19,16 +19,21 @@ import numpy.typing as npt
 from pipelines.engine import Answer, CacheUse, EngineInfo, Sample, TokenIds, check_prompt
 from pipelines.errors import EngineDied, EngineStartError, ModelError, RowError
 from pipelines.settings import ModelSettings, SamplingSettings
+from pipelines.task import Task
 from pipelines.tokenizer import load_tokenizer
 
 #: Ids that may appear in an answer are looked for among the first so many of the vocabulary (0.1 s for 20,000).
 _VOCABULARY_SCANNED = 20_000
+#: What simulated models pool to: dimensions of a vector, and the classes, by transformers' own default names.
+_DIMENSIONS = 16
+_LABELS = ("LABEL_0", "LABEL_1", "LABEL_2")
 
 
 class SimulatedEngine:
     """`pipelines.engine.Engine` in simulated time.
 
     The tokens of an answer depend on (prompt, seed, sample index) only, so runs repeat exactly, also without a seed.
+    Vectors, probabilities and log-probabilities of prompts depend on the prompt only.
     `tokens_per_s` is shared equally by all requests in flight, like a real engine's decode steps. A `choice` is one of its
     texts; stop strings, bad words and penalties are ignored.
     """
@@ -87,23 +92,47 @@ class SimulatedEngine:
         sampling: SamplingSettings | None = None,
     ) -> Answer:
         sampling = sampling or self._sampling
+        prompt, clock = self._admitted(token_ids)
+        limit = max_tokens or sampling.max_tokens
+        samples = [self._sample(prompt, seed, index, limit, sampling) for index in range(sampling.n)]
+        tokens = sum(len(sample.token_ids) for sample in samples)
+        elapsed_s = await clock.spend(tokens)
+        return Answer(samples=samples, cached_tokens=0, ttft_s=elapsed_s * len(samples) / tokens)
+
+    async def encode(self, request_id: str, token_ids: TokenIds, task: Task) -> Answer:
+        prompt, clock = self._admitted(token_ids, answered=False)
+        await clock.spend(len(prompt))
+        key = hashlib.shake_128(task.name.encode() + np.asarray(prompt, np.int64).tobytes())
+        if task.name == "classify":
+            weights = np.frombuffer(key.digest(len(_LABELS)), np.uint8).astype(np.float32) + 1
+            shares = (weights / weights.sum()).astype(np.float32)
+            return Answer.of_values(shares, _LABELS[int(shares.argmax())])
+        size = task.dimensions or _DIMENSIONS
+        vector = np.frombuffer(key.digest(size), np.uint8).astype(np.float32) - 127.5
+        length = 1.0 if task.use_activation is False else np.linalg.norm(vector)
+        return Answer.of_values((vector / length).astype(np.float32))
+
+    async def score(self, request_id: str, token_ids: TokenIds) -> Answer:
+        prompt, clock = self._admitted(token_ids)
+        await clock.spend(1)
+        ids = np.asarray(prompt, np.int64)
+        return Answer.of_values((-0.01 * ((ids[:-1] * 31 + ids[1:]) % 997)).astype(np.float32))
+
+    def _admitted(self, token_ids: TokenIds, *, answered: bool = True) -> tuple[list[int], _SharedClock]:
+        """A prompt that the engine takes, and the time that it will take."""
         if not self._ready:
             raise EngineDied("the simulated engine is not running")
         if self._clock is None:  # belongs to the loop of the first request, which may not be that of `start`
             self._clock = _SharedClock(self._settings.tokens_per_s)
-        prompt = check_prompt(token_ids, self._max_model_len)
+        prompt = check_prompt(token_ids, self._max_model_len, answered=answered)
         if max(prompt) >= self._vocab_size:
             raise RowError("invalid_request", f"Token id {max(prompt)} is out of vocabulary")
         if self._settings.dies_of in prompt:
-            await self.stop()
+            self._end()
             raise EngineDied("the simulated engine died of a prompt that holds `dies_of`")
         if self._settings.stalls_of in prompt:
             self._clock.stall()
-        limit = max_tokens or sampling.max_tokens
-        samples = [self._sample(prompt, seed, index, limit, sampling) for index in range(sampling.n)]
-        tokens = sum(len(sample.token_ids) for sample in samples)
-        elapsed_s = await self._clock.spend(tokens)
-        return Answer(samples=samples, cached_tokens=0, ttft_s=elapsed_s * len(samples) / tokens)
+        return prompt, self._clock
 
     @property
     def last_token_at(self) -> float:
@@ -123,6 +152,9 @@ class SimulatedEngine:
         self._ready = False
 
     async def stop(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
         self._ready = False
         if self._clock is not None:
             self._clock.stop()

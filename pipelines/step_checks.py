@@ -58,6 +58,8 @@ def _problems(step: StepSettings, schema: pa.Schema) -> list[str]:
             if column not in schema.names
         ]
         problems += prompt_type_problems(prompt, schema)
+    if step.score is not None:
+        problems += _type_problem("answer", step.score.answer, schema, "text", is_text)
     if step.parse is not None:
         problems += _type_problem("column", step.parse.column, schema, "text", pa.types.is_string)
     if step.select is not None:

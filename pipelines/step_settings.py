@@ -8,6 +8,7 @@ steps:
   - explode:  {column: questions, into: question}
   - generate: {column: summary, prompt: {template: "Shorten: {{ generated_text }}"}}
   - judge:    {column: rating, rubric: "Is the summary true?", columns: [generated_text, summary]}
+  - embed:    {column: vector, prompt: {prompt_column: summary}}
   - dedup:    {columns: [question]}
 """
 
@@ -20,7 +21,7 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
-from pipelines.ask_settings import AskStep, GenerateStep, JudgeStep
+from pipelines.ask_settings import AskStep, ClassifyStep, EmbedStep, GenerateStep, JudgeStep, ScoreStep
 from pipelines.output_schema import arrow_type_of
 from pipelines.prompt_columns import is_list
 from pipelines.settings import Function, Settings, Text
@@ -182,11 +183,14 @@ class DedupStep(Settings):
         return self
 
 
-_KINDS = ("parse", "map", "filter", "select", "explode", "generate", "judge", "dedup")
+#: The kinds of steps that ask a model.
+ASKING = ("generate", "judge", "embed", "classify", "score")
+_KINDS = ("parse", "map", "filter", "select", "explode", *ASKING, "dedup")
 
 
 class StepSettings(Settings):
-    """One step: exactly one of `parse`, `map`, `filter`, `select`, `explode`, `generate`, `judge`, `dedup`."""
+    """One step: exactly one of `parse`, `map`, `filter`, `select`, `explode`, `generate`, `judge`, `embed`, `classify`,
+    `score`, `dedup`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")] | None = None
     """Stands in the statistics; default: what the step does, with a number where there are several of the kind."""
@@ -204,6 +208,12 @@ class StepSettings(Settings):
     """Ask a model about each record."""
     judge: JudgeStep | None = None
     """Let a model judge each record."""
+    embed: EmbedStep | None = None
+    """Turn a text of each record into a vector."""
+    classify: ClassifyStep | None = None
+    """Give each record one of a classifier's labels."""
+    score: ScoreStep | None = None
+    """Ask a model how likely a given answer is after a prompt."""
     dedup: DedupStep | None = None
     """Keep one of equal or similar records among all of the job."""
 
@@ -214,7 +224,7 @@ class StepSettings(Settings):
     @property
     def asks(self) -> AskStep | None:
         """What a step that asks a model asks; None for the others."""
-        return self.generate or self.judge
+        return self.generate or self.judge or self.embed or self.classify or self.score
 
     def asking(self, **update: Any) -> StepSettings:
         """A step that asks a model, with other settings for it."""

@@ -5,7 +5,7 @@
 A record is one sample of one row. Each step sees the records that are still good, and adds columns to them, drops some,
 fails some, or puts the elements of a list in their places, which are rows of their own; a failed or dropped record keeps
 what it has and goes past the rest. The books of each step balance: in + added = out + dropped + failed. At the end a row
-has failed when none of its records is good and one has failed. `generate` steps are no steps here: each begins another run of steps, on the answers of another generation.
+has failed when none of its records is good and one has failed. Steps that ask a model are no steps here: each begins another run of steps, on the answers of another generation.
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ def part_schema(work: Work) -> pa.Schema:
 
 def answers_schema(work: Work) -> pa.Schema:
     """Of the job's answers, before any step."""
-    return result_schema(work.input_schema, work.output, work.sampling)
+    prompted = work.prompt is not None
+    return result_schema(work.input_schema, work.output, work.sampling, prompted=prompted)
 
 
 def _staying(verdict: Verdict, there: int) -> pa.Array:

@@ -1,4 +1,6 @@
-"""The real engine: vLLM's AsyncLLM behind `pipelines.engine.Engine`. The only file that imports vLLM (0.26 to 0.32)."""
+"""The real engine: vLLM's AsyncLLM behind `pipelines.engine.Engine`. Only this file and `vllm_requests` import vLLM (0.26 to
+0.32).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,7 @@ import gc
 import multiprocessing
 import os
 import time
-from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,38 @@ from typing import Any
 import psutil
 
 from pipelines import vllm_log
-from pipelines.engine import Answer, CacheUse, EngineInfo, Sample, StartParts, TokenIds, check_prompt
+from pipelines.engine import Answer, CacheUse, EngineInfo, StartParts, TokenIds, check_prompt
 from pipelines.engine_args import check_engine_args, known_engine_args
 from pipelines.errors import (
     BadInput,
     EngineDied,
     EngineStartError,
     RowError,
-    ShardError,
     TransientStorageError,
 )
 from pipelines.model_folder import local_model, lora_rank
 from pipelines.model_weights import load_format
 from pipelines.scopes import scope_of
 from pipelines.settings import LoraSettings, ModelSettings, PoolSettings, SamplingSettings
+from pipelines.task import GENERATE, Task
 from pipelines.vllm_defaults import cpu_defaults, gpu_defaults, set_quiet_environment
+from pipelines.vllm_requests import (
+    generated,
+    one_line,
+    pooled,
+    pooling_params,
+    sampling_params,
+    scored,
+    scoring_params,
+    structured_args,
+)
 from pipelines.vllm_start import compile_key, start_turn
 
 #: Seconds for killed processes to go: a GPU's memory is given back in that time.
 KILL_S = 20.0
+#: `max_num_batched_tokens` of an engine that scores, unless the job says one: vLLM makes the logits of all of a prompt's
+#: tokens in a step at once, in 32 bits and beside what it has profiled; 2.5 GB for 2,048 of them and 152,000 logits, twice.
+SCORED_TOKENS = 2048
 #: What vLLM takes for `max_lora_rank` (vllm/config/lora.py).
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -54,8 +68,10 @@ class VLLMEngine:
         sampling: SamplingSettings,
         pool: PoolSettings,
         others: Sequence[SamplingSettings] = (),
+        task: Task = GENERATE,
     ) -> None:
         self._model = model
+        self._task = task
         self._sampling, self._others = sampling, others
         self._pool = pool
         self._building: asyncio.Future[Any] | None = None
@@ -66,6 +82,7 @@ class VLLMEngine:
         self._lora_load: asyncio.Future[Any] | None = None
         self._max_model_len = 0
         self._in_flight: set[str] = set()
+        self._labels: dict[int, str] = {}
         self._family: list[psutil.Process] = []
         self._last_token_at = 0.0
         self._output_tokens = 0
@@ -92,12 +109,14 @@ class VLLMEngine:
             raise EngineStartError(self._start_reason(error)) from error
         config = self._llm.vllm_config
         self._max_model_len = int(config.model_config.max_model_len)
+        self._labels = getattr(config.model_config.hf_config, "id2label", None) or {}
         return EngineInfo(
             name=f"vllm {_vllm_version()}",
             device=_device_name(),
             max_model_len=self._max_model_len,
             max_num_seqs=max(1, int(config.scheduler_config.max_num_seqs) // self._sampling.n),
-            kv_tokens=_kv_tokens(config.cache_config),
+            # A pooled prompt holds its tokens for the steps that read it, and vLLM lets in as many as fit.
+            kv_tokens=None if self._task.pools else _kv_tokens(config.cache_config),
             start_s=time.monotonic() - began,
             ready_at=time.time(),
             start_parts=self._start_parts,
@@ -112,26 +131,45 @@ class VLLMEngine:
         sampling: SamplingSettings | None = None,
     ) -> Answer:
         """See `Engine.generate`. `seed` fits into 63 bits; vLLM adds the sample index to it."""
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        llm = self._llm
-        if llm is None:
-            raise EngineDied("the engine is not running")
-        prompt = check_prompt(token_ids, self._max_model_len)
-        if self._lora is not None:
-            await self._load_lora(llm)
         params = self._params if sampling is None else self._params_of(sampling)
         if seed is not None or max_tokens is not None:
             params = copy(params)
             params.seed = seed
             params.max_tokens = max_tokens or params.max_tokens
+        began = time.monotonic()
+        output = await self._ask(request_id, token_ids, params)
+        return generated(output, params, began)
+
+    async def encode(self, request_id: str, token_ids: TokenIds, task: Task) -> Answer:
+        """See `Engine.encode`."""
+        output = await self._ask(request_id, token_ids, pooling_params(task))
+        self._note_tokens(len(output.prompt_token_ids))
+        return pooled(output, self._labels if task.name == "classify" else None)
+
+    async def score(self, request_id: str, token_ids: TokenIds) -> Answer:
+        """See `Engine.score`."""
+        return scored(await self._ask(request_id, token_ids, scoring_params()))
+
+    async def _ask(self, request_id: str, token_ids: TokenIds, params: Any) -> Any:
+        """vLLM's output for one request; `params`, of sampling or of pooling, say which kind it is. Raises as `generate`."""
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        llm = self._llm
+        if llm is None:
+            raise EngineDied("the engine is not running")
+        prompt = check_prompt(token_ids, self._max_model_len, answered=not self._task.pools)
+        if self._lora is not None:
+            await self._load_lora(llm)
+        if self._task.pools:
+            await self._check_task(llm)
+        ask = llm.encode if self._task.pools else llm.generate
         # The rendered form of a prompt: vLLM 0.32 sends the raw form (TokensPrompt) through a thread pool first.
-        stream = llm.generate(
+        stream: AsyncIterator[Any] = ask(
             {"type": "token", "prompt_token_ids": prompt}, params, request_id, lora_request=self._lora
         )
         output: Any = None
         self._in_flight.add(request_id)
-        began = time.monotonic()
         try:
             async for output in stream:  # FINAL_ONLY: once  # noqa: B007
                 pass
@@ -143,10 +181,12 @@ class VLLMEngine:
             if scope_of(error, of_request=True) != "row":
                 raise
             refusal = error.__cause__ if isinstance(error, EngineGenerateError) else error
-            raise RowError("invalid_request", _one_line(refusal)) from error
+            raise RowError("invalid_request", one_line(refusal)) from error
         finally:
             self._in_flight.discard(request_id)
-        return self._answer(output, params, began)
+        if self._llm is None:  # `stop` aborts what is in flight, which then ends like any other request
+            raise EngineDied("the engine was stopped")
+        return output
 
     async def _load_lora(self, llm: Any) -> None:
         """Before the first request: an adapter that comes with a request, as vLLM has it, ends EngineCore if it does not
@@ -162,9 +202,23 @@ class VLLMEngine:
             raise EngineDied(self._death_reason()) from error
         except Exception as error:  # whatever vLLM, torch and safetensors raise: the adapter does not load
             assert self._model.lora is not None
-            reason = vllm_log.reason_since(self._log, self._log_offset) or _one_line(error)
+            reason = vllm_log.reason_since(self._log, self._log_offset) or one_line(error)
             source = self._model.lora.source
             raise EngineStartError(f"adapter {source!r} does not load: {reason[:600]}") from error
+
+    async def _check_task(self, llm: Any) -> None:
+        """Whether the model does what it was opened for: vLLM knows once it has loaded it, and then refuses each request."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            tasks = await llm.get_supported_tasks()  # asked once, then remembered
+        except EngineDeadError as error:
+            raise EngineDied(self._death_reason()) from error
+        if self._task.name not in tasks:
+            raise EngineStartError(
+                f"model {self._model.source!r} does not {self._task.name}: vLLM has it for {', '.join(tasks)} "
+                "(model.engine.convert and pooler_config say what a model is made into)"
+            )
 
     @property
     def last_token_at(self) -> float:
@@ -205,35 +259,10 @@ class VLLMEngine:
     def _params_of(self, sampling: SamplingSettings) -> Any:
         """vLLM's parameters for another generation's requests, made once."""
         if id(sampling) not in self._other_params:
-            params = _sampling_params(sampling)
+            params = sampling_params(sampling)
             params.detokenize = params.detokenize or not _is_fast(self._llm.tokenizer)
             self._other_params[id(sampling)] = (sampling, params)
         return self._other_params[id(sampling)][1]
-
-    def _answer(self, output: Any, params: Any, began: float) -> Answer:
-        samples = []
-        for completion in output.outputs:
-            if completion.finish_reason not in ("stop", "length"):
-                if self._llm is None:
-                    raise EngineDied("the engine was stopped")
-                raise ShardError(f"vLLM ended a request with finish_reason {completion.finish_reason!r}")
-            samples.append(
-                Sample(
-                    token_ids=array("i", completion.token_ids),
-                    text=completion.text if params.detokenize else None,
-                    finish_reason=completion.finish_reason,
-                    logprobs=None if completion.logprobs is None else _logprob_rows(completion.logprobs),
-                )
-            )
-        metrics = output.metrics  # with n > 1 those of the sample that ended last
-        # EngineCore's clock is CLOCK_MONOTONIC, the same for all processes of a host; `arrival_time` is wall clock.
-        first = metrics.first_token_ts if metrics is not None else 0.0
-        return Answer(
-            samples=samples,
-            cached_tokens=output.num_cached_tokens or 0,
-            ttft_s=max(0.0, first - began) if first > 0 else None,
-            preemptions=getattr(metrics, "num_preemptions", 0),  # since 0.32
-        )
 
     # ── Building ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -269,16 +298,21 @@ class VLLMEngine:
             gpu_bytes = int(current_platform.get_device_total_memory())
             defaults = gpu_defaults(model, self._sampling, self._pool, gpu_bytes, self._others)
         # Before the model loads: a mistake here should not cost minutes.
-        self._params = _sampling_params(self._sampling)
+        self._params = sampling_params(self._sampling)
         known = known_engine_args()  # a vLLM without an argument of ours goes without it
         values = {name: value for name, value in defaults.items() if known is None or name in known}
         values |= model.engine
         if not os.path.isdir(model.source) and "://" not in model.source:
             values["load_format"] = hub_load_format(model)
+        if self._task.pools:
+            values["runner"] = "pooling"
+        elif self._task.name == "score" and "max_num_batched_tokens" not in model.engine:
+            batched = values.get("max_num_batched_tokens", SCORED_TOKENS)
+            values["max_num_batched_tokens"] = min(batched, SCORED_TOKENS)
         if model.lora is not None:
             values |= {"enable_lora": True, "max_lora_rank": _lora_rank(model.lora, values)}
             self._lora = _lora_request(model.lora)
-        args = AsyncEngineArgs(**values, **_structured_args((self._sampling, *self._others), values))
+        args = AsyncEngineArgs(**values, **structured_args((self._sampling, *self._others), values))
         compiles = compile_key(_vllm_version(), _device_name(), values)
         one_rank = self._model.gpus_per_engine == 1  # several do not end their compilation at once
         with start_turn(
@@ -310,7 +344,7 @@ class VLLMEngine:
     # ── Reasons ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _start_reason(self, error: Exception) -> str:
-        reason = vllm_log.reason_since(self._log, self._log_offset) or _one_line(error)
+        reason = vllm_log.reason_since(self._log, self._log_offset) or one_line(error)
         hint = ""
         if "out of memory" in reason.lower() or "OutOfMemory" in reason:
             hint = (
@@ -375,63 +409,6 @@ def _lora_rank(lora: LoraSettings, values: Mapping[str, Any]) -> int:
     """The least `max_lora_rank` of vLLM's that holds the adapter, unless the job says one."""
     rank = lora_rank(Path(lora.source))
     return int(values.get("max_lora_rank") or next((r for r in _LORA_RANKS if r >= rank), rank))
-
-
-def _sampling_params(sampling: SamplingSettings) -> Any:
-    """vLLM's SamplingParams for all requests of the job; seed and max_tokens may differ, see `VLLMEngine.generate`."""
-    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
-
-    ours = {"seed", "max_tokens_column", "output_schema", "structured_outputs", "repairs"}
-    values = sampling.model_dump(exclude=ours)
-    try:
-        params = SamplingParams(
-            **values,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            # Bad words are turned into ids beforehand and need no text; a structured answer is checked as it comes.
-            detokenize=bool(sampling.stop) or sampling.is_structured,
-            structured_outputs=(
-                StructuredOutputsParams(
-                    json=sampling.output_schema,
-                    **(sampling.structured_outputs.model_dump() if sampling.structured_outputs else {}),
-                )
-                if sampling.is_structured
-                else None
-            ),
-            flat_logprobs=sampling.logprobs is not None,
-        )
-    except Exception as error:  # a VLLMValidationError, which is a ValueError up to 0.26; or pydantic's
-        raise EngineStartError(f"sampling: {_one_line(error)}") from error
-    # vLLM copies the parameters of each request; a deep copy takes 40 µs, a shallow one 2. What the copies share are
-    # the stop ids that vLLM adds, the same for every request.
-    params.skip_clone = True
-    return params
-
-
-def _structured_args(samplings: Sequence[SamplingSettings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON without white space, wherever vLLM's fastest backend knows the schemas: else a model may write blanks for ever."""
-    schemas = [sampling.output_schema for sampling in samplings if sampling.output_schema is not None]
-    if not schemas or "structured_outputs_config" in values:
-        return {}
-    from vllm.config import StructuredOutputsConfig
-    from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
-
-    if any(has_xgrammar_unsupported_json_features(schema) for schema in schemas):
-        return {}
-    config = StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)
-    return {"structured_outputs_config": config}
-
-
-def _logprob_rows(flat: Any) -> list[dict[str, Any]]:
-    """vLLM's FlatLogprobs as `contracts.LOGPROBS_TYPE`: at each position the sampled token, then the alternatives."""
-    ids, values = flat.token_ids, flat.logprobs
-    return [
-        {
-            "token_id": ids[start],
-            "logprob": values[start],
-            "top": [{"token_id": ids[i], "logprob": values[i]} for i in range(start + 1, end)],
-        }
-        for start, end in zip(flat.start_indices, flat.end_indices, strict=True)
-    ]
 
 
 def _shut_down(last_reference: list[Any]) -> None:
@@ -500,11 +477,3 @@ def _vllm_version() -> str:
     import vllm
 
     return str(vllm.__version__).split("+")[0]
-
-
-def _one_line(error: object) -> str:
-    """The message of an exception without pydantic's decoration and line breaks."""
-    text = str(error).split("[type=", 1)[0]
-    if "validation error" in text:
-        text = text.split("\n", 1)[-1]
-    return " ".join(text.replace("Value error, ", "").split()) or type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,47 @@ def with_weights(folder: Path) -> Path:
         initializer_range=0.2,  # wide, so that greedy answers vary
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def embedding_model(folder: Path) -> Path:
+    """A two-layer Llama without a head and with random weights; its tokenizer has a chat template, as chat models' have."""
+    from transformers import LlamaModel
+
+    _pooling(folder, LlamaModel)
+    template = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def classifier(folder: Path, labels: Sequence[str]) -> Path:
+    """A two-layer Llama with random weights and a head for these classes."""
+    from transformers import LlamaForSequenceClassification
+
+    return _pooling(folder, LlamaForSequenceClassification, id2label=dict(enumerate(labels)), pad_token_id=0)
+
+
+def _pooling(folder: Path, architecture: Any, **config: Any) -> Path:
+    """Adds a byte-level tokenizer and a small Llama of this architecture (float32, 256 positions)."""
+    import torch
+    from transformers import LlamaConfig
+
+    byte_level(folder)
+    torch.manual_seed(0)
+    architecture(
+        LlamaConfig(
+            vocab_size=640,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            dtype="float32",
+            initializer_range=0.2,
+            **config,
+        )
+    ).save_pretrained(folder)
     return folder
 
 

@@ -4,6 +4,7 @@
 
 The request has `engine` (arguments of `vllm.LLM`), `sampling` (of SamplingParams) and `prompts` (texts, or lists of
 messages, to be rendered by vLLM itself). The answers: per prompt, per sample, text, number of tokens, finish reason.
+With a `task` (`embed` or `classify`) instead of `sampling`: per prompt the vector, or the probabilities.
 """
 
 from __future__ import annotations
@@ -19,23 +20,34 @@ def bare_vllm(
     engine: dict[str, Any], sampling: dict[str, Any], prompts: list[Any], seeds: list[int] | None = None
 ) -> list[dict[str, Any]]:
     """Run it, and wait for the answers. `seeds`: one per prompt, where sampling is not greedy."""
+    answers: list[dict[str, Any]] = _asked(
+        {"engine": engine, "sampling": sampling, "prompts": prompts, "seeds": seeds}
+    )
+    return answers
+
+
+def bare_pooling(task: str, engine: dict[str, Any], prompts: list[str]) -> list[list[float]]:
+    """What `LLM.embed` or `LLM.classify` says of texts."""
+    return _asked({"engine": {**engine, "runner": "pooling"}, "task": task, "prompts": prompts})
+
+
+def _asked(request: dict[str, Any]) -> Any:
     done = subprocess.run(
         [sys.executable, "-m", "tests.local.bare_vllm"],
-        input=json.dumps({"engine": engine, "sampling": sampling, "prompts": prompts, "seeds": seeds}),
+        input=json.dumps(request),
         env={
             **os.environ,
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",
             # A second process would import vLLM once more, 7 s; ranks are processes of their own.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(engine.get("tensor_parallel_size", 1) > 1)),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(request["engine"].get("tensor_parallel_size", 1) > 1)),
         },
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    answers: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return answers
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -47,6 +59,11 @@ def main() -> None:
 
     llm = LLM(**request["engine"])
     prompts = request["prompts"]
+    if request.get("task"):
+        pooled = {"embed": lambda: [o.outputs.embedding for o in llm.embed(prompts, use_tqdm=False)],
+                  "classify": lambda: [o.outputs.probs for o in llm.classify(prompts, use_tqdm=False)]}  # fmt: skip
+        os.write(real, json.dumps(pooled[request["task"]]()).encode())
+        return
     seeds = request["seeds"] or [None] * len(prompts)
     params = [SamplingParams(**request["sampling"], seed=seed) for seed in seeds]
     if isinstance(prompts[0], str):

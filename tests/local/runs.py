@@ -66,7 +66,8 @@ def rows_of(output: Path | str, folder: str = "data") -> pa.Table:
 
 def content(output: Path | str) -> list[dict[str, Any]]:
     """`rows_of` without what differs between two equal runs."""
-    return rows_of(output).drop_columns(["run_id", "cached_tokens"]).to_pylist()
+    found = rows_of(output)
+    return found.select([n for n in found.column_names if n not in ("run_id", "cached_tokens")]).to_pylist()
 
 
 def dray(

@@ -11,7 +11,7 @@ import pytest
 from pipelines.errors import EngineStartError
 from pipelines.scopes import SCOPES, listed, scope_of
 from pipelines.settings import SamplingSettings
-from pipelines.vllm_engine import _sampling_params
+from pipelines.vllm_requests import sampling_params
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -79,7 +79,7 @@ def test_sampling_parameters_that_vllm_refuses(values: dict[str, Any]) -> None:
 
 def test_of_a_job_they_are_the_jobs() -> None:
     with pytest.raises(EngineStartError, match="sampling: temperature") as caught:
-        _sampling_params(SamplingSettings(temperature=99.0))
+        sampling_params(SamplingSettings(temperature=99.0))
     assert scope_of(caught.value) == "job"
 
 

@@ -27,7 +27,8 @@ from pipelines.engine import Answer
 from pipelines.errors import EngineDied, EngineStartError, ModelError, RowError
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
 from pipelines.tokenizer import load_tokenizer
-from pipelines.vllm_engine import VLLMEngine, _sampling_params
+from pipelines.vllm_engine import VLLMEngine
+from pipelines.vllm_requests import sampling_params
 from tests.tiny_models import byte_level, sentencepiece_style, with_weights
 
 pytestmark = pytest.mark.timeout(300)
@@ -159,7 +160,7 @@ async def ask(
     """All prompts at once through the engine, as if it had been started with this sampling."""
     other = copy.copy(engine)
     other._sampling = sampling
-    other._params = _sampling_params(sampling)
+    other._params = sampling_params(sampling)
     seeds = task.seeds if seeded else [None] * len(task.seeds)
     rows = zip(task.prompts[family], seeds, strict=True)
     return await asyncio.gather(*(other.generate(f"r{i}", ids, seed) for i, (ids, seed) in enumerate(rows)))
@@ -278,7 +279,7 @@ async def test_the_longest_prompt_that_fits_has_room_for_one_token(engines: dict
 @in_module_loop
 async def test_cancelling_aborts_the_request_in_the_engine(engines: dict[str, VLLMEngine]) -> None:
     engine = copy.copy(engines["byte_level"])
-    engine._params = _sampling_params(SamplingSettings(temperature=0.0, max_tokens=250, ignore_eos=True))
+    engine._params = sampling_params(SamplingSettings(temperature=0.0, max_tokens=250, ignore_eos=True))
     requests = [asyncio.ensure_future(engine.generate(f"c{i}", [5 + i], None)) for i in range(10)]
     await asyncio.sleep(0.2)
 
@@ -390,7 +391,7 @@ async def test_a_killed_engine_process_fails_its_requests_at_once(engines: dict[
     """Last: it costs this module's engine."""
     engine = engines["sentencepiece"]
     longest = engine._max_model_len - 2
-    engine._params = _sampling_params(SamplingSettings(temperature=0.0, max_tokens=longest, ignore_eos=True))
+    engine._params = sampling_params(SamplingSettings(temperature=0.0, max_tokens=longest, ignore_eos=True))
     # More than the engine runs at once, so that some are waiting however fast it is.
     requests = [asyncio.ensure_future(engine.generate(f"k{i}", [5 + i % 50], None)) for i in range(200)]
     await asyncio.sleep(0.05)

@@ -18,6 +18,7 @@ from pipelines.engine import Engine, open_engine
 from pipelines.errors import EngineDied
 from pipelines.settings import ErrorSettings, ModelSettings, PoolSettings, SamplingSettings
 from pipelines.stage import Parcel
+from pipelines.task import GENERATE
 from pipelines.waves import Load
 from tests.tiny_models import byte_level
 
@@ -29,6 +30,7 @@ def work(folder: Path, **simulated: Any) -> Work:
     return cast(
         "Work",
         SimpleNamespace(
+            task=GENERATE,
             run_id="r",
             sampling=SamplingSettings(n=2),
             errors=ErrorSettings(),

@@ -109,7 +109,8 @@ def parcel(number: int, prompts: Sequence[Sequence[int] | None]) -> Parcel:
     """A prepared shard."""
     rows = [f"q{number}#{row}" for row in range(len(prompts))]
     errors = [None if prompt else "missing_value" for prompt in prompts]
-    table = pa.table([rows, prompts, [None] * len(rows), errors, errors], schema=PROMPT_SCHEMA)
+    nothing = [None] * len(rows)
+    table = pa.table([rows, prompts, nothing, nothing, errors, errors], schema=PROMPT_SCHEMA)
     shard = Shard(ordinal=number, id=f"{number:016x}", spans=(), rows=len(rows), bytes=0)
     return Parcel(shard=shard, prompts=table, notes={"pass": 0})
 

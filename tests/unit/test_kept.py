@@ -164,6 +164,27 @@ def test_two_generations_that_ask_in_the_same_way_are_kept_apart(tmp_path: Path)
     assert stats_of(answered(tmp_path, "plain", "first", sampling=GREEDY)).rows_reused == 6
 
 
+def test_numbers_are_kept_as_texts_are(tmp_path: Path) -> None:
+    questions(tmp_path / "in", [f"What is {k}?" for k in range(12)])
+    text = {"prompt_column": "question"}
+    steps = [
+        {"embed": {"column": "vector", "prompt": text}},
+        {"classify": {"column": "topic", "prompt": text}},
+        {"score": {"column": "fit", "prompt": text, "answer": "question"}},
+        {"generate": {"column": "text", "prompt": text}},  # sampled as a job without a prompt is by default
+    ]
+    alone: dict[str, Any] = {"prompt": None, "sampling": {"temperature": 1.0, "max_tokens": 512}}
+    first = answered(tmp_path, "first", **alone, steps=steps)
+    again = answered(tmp_path, "again", "first", **alone, steps=steps)
+    assert stats_of(again).rows_reused == 48
+    assert content(again) == content(first)
+    # Fewer dimensions of the same model are another request, which the other steps do not mind.
+    smaller = [{"embed": {**steps[0]["embed"], "dimensions": 4}}, *steps[1:]]
+    other = answered(tmp_path, "other", "first", **alone, steps=smaller)
+    assert stats_of(other).rows_reused == 36
+    assert {len(row["vector"]) for row in content(other).values()} == {4}
+
+
 def test_a_lost_shard_finds_what_its_earlier_attempt_asked(tmp_path: Path) -> None:
     questions(tmp_path / "in", [f"What is {k}?" for k in range(5)])
     output = answered(tmp_path, "out", sampling=SAMPLED)

@@ -56,7 +56,7 @@ def test_it_plans_on_its_own_input_and_renders_its_prompts(recipe: Path, tmp_pat
     for row in preview(job, rows=5, generate=False):
         assert row["error_code"] is None
         # The tiny model has 512 tokens of context; another try after a cut answer gets twice the tokens.
-        assert row["prompt_tokens"] + 2 * (job.spec.sampling.max_tokens or 0) <= 512
+        assert row["prompt_tokens"] + 2 * (job.spec.pools[0].sampling.max_tokens or 0) <= 512
 
 
 def test_it_is_in_the_table(recipe: Path) -> None:

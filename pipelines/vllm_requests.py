@@ -1,0 +1,152 @@
+"""What is asked of vLLM and what it answers: settings into its parameters, its outputs into `pipelines.engine`'s.
+
+Imports vLLM, as `vllm_engine` does, and nothing of it before the engine starts.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipelines.engine import Answer, Sample
+from pipelines.errors import EngineStartError, ShardError
+from pipelines.settings import SamplingSettings
+from pipelines.task import Task
+
+
+def sampling_params(sampling: SamplingSettings) -> Any:
+    """vLLM's SamplingParams for all requests of the job; seed and max_tokens may differ, see `VLLMEngine.generate`."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+    ours = {"seed", "max_tokens_column", "output_schema", "structured_outputs", "repairs"}
+    values = sampling.model_dump(exclude=ours)
+    try:
+        params = SamplingParams(
+            **values,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            # Bad words are turned into ids beforehand and need no text; a structured answer is checked as it comes.
+            detokenize=bool(sampling.stop) or sampling.is_structured,
+            structured_outputs=(
+                StructuredOutputsParams(
+                    json=sampling.output_schema,
+                    **(sampling.structured_outputs.model_dump() if sampling.structured_outputs else {}),
+                )
+                if sampling.is_structured
+                else None
+            ),
+            flat_logprobs=sampling.logprobs is not None,
+        )
+    except Exception as error:  # a VLLMValidationError, which is a ValueError up to 0.26; or pydantic's
+        raise EngineStartError(f"sampling: {one_line(error)}") from error
+    # vLLM copies the parameters of each request; a deep copy takes 40 µs, a shallow one 2. What the copies share are
+    # the stop ids that vLLM adds, the same for every request.
+    params.skip_clone = True
+    return params
+
+
+def scoring_params() -> Any:
+    """vLLM's SamplingParams for the log-probabilities of a prompt: it answers with one token, which nobody reads."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        prompt_logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def pooling_params(task: Task) -> Any:
+    """vLLM's PoolingParams for one request, which vLLM fills in."""
+    from vllm.pooling_params import PoolingParams
+
+    return PoolingParams(task=task.name, dimensions=task.dimensions, use_activation=task.use_activation)
+
+
+def structured_args(samplings: Sequence[SamplingSettings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON without white space, wherever vLLM's fastest backend knows the schemas: else a model may write blanks for ever."""
+    schemas = [sampling.output_schema for sampling in samplings if sampling.output_schema is not None]
+    if not schemas or "structured_outputs_config" in values:
+        return {}
+    from vllm.config import StructuredOutputsConfig
+    from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
+
+    if any(has_xgrammar_unsupported_json_features(schema) for schema in schemas):
+        return {}
+    config = StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)
+    return {"structured_outputs_config": config}
+
+
+def generated(output: Any, params: Any, began: float) -> Answer:
+    """vLLM's RequestOutput. Raises ShardError for an answer that did not come to its end."""
+    _check_ended(output)
+    samples = [
+        Sample(
+            token_ids=array("i", completion.token_ids),
+            text=completion.text if params.detokenize else None,
+            finish_reason=completion.finish_reason,
+            logprobs=None if completion.logprobs is None else _logprob_rows(completion.logprobs),
+        )
+        for completion in output.outputs
+    ]
+    metrics = output.metrics  # with n > 1 those of the sample that ended last
+    # EngineCore's clock is CLOCK_MONOTONIC, the same for all processes of a host; `arrival_time` is wall clock.
+    first = metrics.first_token_ts if metrics is not None else 0.0
+    return Answer(
+        samples=samples,
+        cached_tokens=output.num_cached_tokens or 0,
+        ttft_s=max(0.0, first - began) if first > 0 else None,
+        preemptions=getattr(metrics, "num_preemptions", 0),  # since 0.32
+    )
+
+
+def pooled(output: Any, labels: Mapping[int, str] | None) -> Answer:
+    """vLLM's PoolingRequestOutput. `labels`: a classifier's names of its classes; None for vectors. Raises ShardError."""
+    if error := getattr(output, "error", None):  # since 0.32
+        raise ShardError(f"vLLM ended a request with {error}")
+    values = output.outputs.data.float().cpu().numpy()
+    text = None
+    if labels is not None:
+        likeliest = int(values.argmax())
+        text = labels.get(likeliest, f"LABEL_{likeliest}")
+    return Answer.of_values(values, text, output.num_cached_tokens or 0)
+
+
+def scored(output: Any) -> Answer:
+    """vLLM's RequestOutput for `scoring_params`: at each position but the first the prompt's own token. Raises ShardError."""
+    _check_ended(output)
+    flat = output.prompt_logprobs
+    values = [flat.logprobs[start] for start in flat.start_indices[1:]]
+    return Answer.of_values(np.asarray(values, np.float32), cached_tokens=output.num_cached_tokens or 0)
+
+
+def _check_ended(output: Any) -> None:
+    for completion in output.outputs:
+        if completion.finish_reason not in ("stop", "length"):
+            raise ShardError(f"vLLM ended a request with finish_reason {completion.finish_reason!r}")
+
+
+def _logprob_rows(flat: Any) -> list[dict[str, Any]]:
+    """vLLM's FlatLogprobs as `contracts.LOGPROBS_TYPE`: at each position the sampled token, then the alternatives."""
+    ids, values = flat.token_ids, flat.logprobs
+    return [
+        {
+            "token_id": ids[start],
+            "logprob": values[start],
+            "top": [{"token_id": ids[i], "logprob": values[i]} for i in range(start + 1, end)],
+        }
+        for start, end in zip(flat.start_indices, flat.end_indices, strict=True)
+    ]
+
+
+def one_line(error: object) -> str:
+    """The message of an exception without pydantic's decoration and line breaks."""
+    text = str(error).split("[type=", 1)[0]
+    if "validation error" in text:
+        text = text.split("\n", 1)[-1]
+    return " ".join(text.replace("Value error, ", "").split()) or type(error).__name__
