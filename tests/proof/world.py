@@ -382,6 +382,7 @@ NOTES: dict[str, Any] = {
     "started_at": 0.0,
     "engine_start_s": 0.0,
     "engine_ready_at": 0.0,
+    "turns": [],
     **dict.fromkeys(START_PARTS),
 }
 
