@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial as partial_
 from typing import TYPE_CHECKING, Any
@@ -101,8 +102,6 @@ def _program() -> str:
 def _dataset_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         [
-            click.argument("target", metavar="OUT"),
-            click.argument("to", metavar="FOLDER"),
             click.option(
                 "--split",
                 "split",
@@ -123,14 +122,46 @@ def _dataset_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _to_folder(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.argument("target", metavar="OUT")(click.argument("to", metavar="FOLDER")(function))
+
+
 _columns = click.option("--columns", metavar="A,B", help="Only these columns, in this order.")
 
 
 @command("huggingface", export)
+@_to_folder
 @_dataset_options
 @_columns
-def huggingface(columns: str | None, **options: Any) -> None:
+def huggingface(columns: str | None, as_json: bool, **options: Any) -> None:
     """Write the good records as a dataset folder (Parquet and a card) that `datasets.load_dataset` reads."""
+    _tell(_with_card(columns, **options), as_json=as_json)
+
+
+@command("hub", export)
+@click.argument("target", metavar="OUT")
+@click.argument("repo", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Create the dataset for its owner only.")
+@_dataset_options
+@_columns
+def hub(repo: str, private: bool, columns: str | None, as_json: bool, **options: Any) -> None:
+    """Put the good records on the Hugging Face hub, as `export huggingface` writes them.
+
+    One commit takes the place of what the dataset has held so far; the files are made in a temporary folder first. HF_TOKEN
+    has to be a token that may write there.
+    """
+    from jobs.hub import push
+
+    with tempfile.TemporaryDirectory(prefix="dray-hub-") as folder:
+        to = os.path.join(folder, "dataset")
+        done = replace(_with_card(columns, to=to, **options), to=repo)
+        message = f"{sum(done.records.values()):,} records, by Dray {__version__}"
+        url = push(to, repo, private=private, message=message)
+    _tell(done, as_json=as_json, commit=url)
+
+
+def _with_card(columns: str | None, **options: Any) -> Exported:
+    """A Hugging Face folder."""
     from jobs.card import dataset_card
     from jobs.dataset_formats import ParquetSink, with_columns
 
@@ -141,28 +172,25 @@ def huggingface(columns: str | None, **options: Any) -> None:
     ) -> Callable[[Exported], str]:
         return partial_(dataset_card, storage, record, books, report, names)
 
-    _write(
-        "parquet",
-        ParquetSink,
-        lambda record: with_columns(names),
-        card=card,
-        **options,
-    )
+    return _exported("parquet", ParquetSink, lambda record: with_columns(names), card=card, **options)
 
 
 @command("jsonl", export)
+@_to_folder
 @_dataset_options
 @_columns
-def jsonl(columns: str | None, **options: Any) -> None:
+def jsonl(columns: str | None, as_json: bool, **options: Any) -> None:
     """Write the good records as JSON lines."""
     from jobs.dataset_formats import JsonSink, with_columns
 
-    _write("jsonl", JsonSink, lambda record: with_columns(_listed(columns)), **options)
+    done = _exported("jsonl", JsonSink, lambda record: with_columns(_listed(columns)), **options)
+    _tell(done, as_json=as_json)
 
 
 @command("openai", export)
+@_to_folder
 @_dataset_options
-def openai(**options: Any) -> None:
+def openai(as_json: bool, **options: Any) -> None:
     """Write prompts and answers as OpenAI's lines for chat fine-tuning."""
     from jobs.dataset_formats import LineSink, as_chats
     from jobs.loading import load
@@ -184,10 +212,10 @@ def openai(**options: Any) -> None:
                 )
         return as_chats(spec.prompt, prompt_columns(spec), spec.output.rename, own_folders())
 
-    _write("jsonl", LineSink, chats, **options)
+    _tell(_exported("jsonl", LineSink, chats, **options), as_json=as_json)
 
 
-def _write(
+def _exported(
     suffix: str,
     sink: Any,
     prepare: Callable[[dict[str, Any]], Any],
@@ -198,9 +226,8 @@ def _write(
     split_by: str | None,
     file_size: str,
     partial: bool,
-    as_json: bool,
     card: Callable[[Storage, dict[str, Any], Books, Report], Callable[[Exported], str]] | None = None,
-) -> None:
+) -> Exported:
     """`prepare`: from the output's stored record, as for `export_dataset`; `card`: from what `dataset_card` takes of an output."""
     from jobs.books import fold
     from jobs.dataset import Splits, export_dataset
@@ -211,7 +238,7 @@ def _write(
     storage = output_of(target)
     record, plan = opened(storage)
     books = fold(storage, plan)
-    done = export_dataset(
+    return export_dataset(
         storage,
         books,
         to,
@@ -223,11 +250,14 @@ def _write(
         card=card and card(storage, record, books, stored_report(storage, record, books)),
         partial=partial,
     )
+
+
+def _tell(done: Exported, *, as_json: bool, **more: str) -> None:
     lines = [
         f"{name}: {done.records[name]:,} records in {len(files)} files" for name, files in done.files.items()
     ]
     lines.append(f"{done.left_out:,} records left out (failed, or without an answer)")
-    show(asdict(done), escape("\n".join([f"{to}:", *lines])), as_json=as_json)
+    show(asdict(done) | more, escape("\n".join([f"{done.to}:", *lines, *more.values()])), as_json=as_json)
 
 
 def _listed(columns: str | None) -> list[str] | None:
