@@ -38,6 +38,7 @@ SECOND = {
 }
 
 
+@pytest.mark.long
 def test_two_models_answer_in_one_job_and_typed_answers_are_of_their_schema(tmp_path: Path) -> None:
     asked = write_questions(tmp_path / "in", rows=120)
     greedy = {"temperature": 0, "max_tokens": 48}

@@ -56,6 +56,7 @@ def test_a_corpus_is_embedded_as_bare_vllm_embeds_it(tmp_path: Path) -> None:
         assert row["vector"] == pytest.approx(vector, abs=1e-5)
 
 
+@pytest.mark.long
 def test_texts_are_classified_as_bare_vllm_classifies_them(tmp_path: Path) -> None:
     source = str(classifier(tmp_path / "model", LABELS))
     step = {"classify": {"column": "topic", "prompt": {"prompt_column": "question"}, "probabilities": True}}
@@ -68,6 +69,7 @@ def test_texts_are_classified_as_bare_vllm_classifies_them(tmp_path: Path) -> No
     assert len({row["topic"] for row in rows}) > 1
 
 
+@pytest.mark.long
 def test_answers_are_scored_as_transformers_scores_them(tmp_path: Path) -> None:
     step = {"score": {"column": "fit", "prompt": {"prompt_column": "question"}, "answer": "answer"}}
     rows = finished(tmp_path, 30, {"engine": ENGINE}, step)
