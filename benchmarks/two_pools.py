@@ -31,6 +31,9 @@ from benchmarks.machine import ROOT, machine
 from benchmarks.measuring import markdown
 from benchmarks.shapes import model_folder
 from benchmarks.workloads import WORKLOADS
+from jobs.inspect import report_of
+from jobs.report import figures
+from pipelines.storage import Storage
 
 #: What the reader sees of an answer, in characters: one token each, with the tokenizer of `shapes`.
 SEEN = 600
@@ -190,10 +193,6 @@ def _run(args: argparse.Namespace, job: dict[str, Any]) -> float:
 
 def _report(out: Path) -> tuple[str, float]:
     """(how busy the engines were, seconds from the first request to the last part), by the footers."""
-    from jobs.inspect import report_of
-    from jobs.report import figures
-    from pipelines.storage import Storage
-
     report = report_of(Storage(str(out), {}))
     footers = [
         json.loads(pq.read_metadata(part).metadata[b"dray"]) for part in (out / "data").glob("*.parquet")

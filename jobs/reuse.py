@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -40,27 +40,32 @@ def reuse_of(job: LoadedJob) -> Reuse | None:
     asked = [("model", GENERATE, job.spec.sampling)]
     for key, step in job.spec.asking_steps.items():
         asked.append((f"{key}.model" if step.model else "model", step.task, step.asked_sampling))
-    return Reuse(keep=keep, sources=settings.outputs, digests=tuple(_digest(job, *one) for one in asked))
+    models = {key: _content_of(key, job) for key, _, _ in asked}  # once each: folders are read for it
+    digests = tuple(_digest(models[key], task, sampling) for key, task, sampling in asked)
+    return Reuse(keep=keep, sources=settings.outputs, digests=digests)
 
 
-def _digest(job: LoadedJob, key: str, task: Task, sampling: SamplingSettings) -> str:
+def _digest(model: Mapping[str, Any], task: Task, sampling: SamplingSettings) -> str:
     """Of what all requests of a generation have in common: 16 hex digits."""
-    model = model_identity(key, job.spec.models[key], job)
     hidden = {"max_tokens_column"}  # each row's own limit is in its key
     if sampling.temperature == 0:
         hidden.add("seed")
     of = {
         "form": _FORM,
-        # Where a folder lies is not what it holds.
-        "model": {name.removeprefix(key): _content(value) for name, value in model.items()},
+        "model": model,
         "task": asdict(task),
         "sampling": sampling.model_dump(mode="json", exclude=hidden, exclude_none=True),
     }
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
 
 
-def _content(value: Any) -> Any:
-    return value["sha256"] if isinstance(value, dict) and "sha256" in value else value
+def _content_of(key: str, job: LoadedJob) -> dict[str, Any]:
+    """The model that stands under `key` in the job file; where a folder lies is not what it holds."""
+    identity = model_identity(key, job.spec.models[key], job)
+    return {
+        name.removeprefix(key): value["sha256"] if isinstance(value, dict) and "sha256" in value else value
+        for name, value in identity.items()
+    }
 
 
 def kept_in(work: Work, plan: Plan, shards: Sequence[Shard]) -> KeptIn:

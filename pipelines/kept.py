@@ -61,8 +61,8 @@ class KeptAnswers:
         found: dict[int, Answer] = {}
         for storage, part in self._places(parcel):
             for k in itertools.count():
-                kept = _read(storage, f"{_folder(self._digest, k)}/{part}")
-                if kept is None or not wanted:
+                kept = _read(storage, f"{_folder(self._digest, k)}/{part}") if wanted else None
+                if kept is None:
                     break
                 for key, answer in _answers(kept, wanted.keys()):
                     found.update(dict.fromkeys(wanted.pop(key, ()), answer))

@@ -25,8 +25,9 @@ from pipelines.judge import ruling
 from pipelines.part import read_part
 from pipelines.stage import Parcel
 from pipelines.steps import part_schema
-from tests.local.runs import TINY, content, job, rows_of, write_questions
+from tests.local.runs import content, job, rows_of, write_questions
 from tests.unit.stages import Output, committed, generated, planned, run
+from tests.unit.test_generations import OTHER, settings
 
 RUBRIC = "Is it an answer to {{ question }}?"
 
@@ -83,18 +84,6 @@ def test_a_judge_that_prefers_a_place_finds_a_tie_and_one_that_prefers_an_answer
 
 
 # ── Through the stages ───────────────────────────────────────────────────────────────────────────────────────────
-
-#: Another model than the job's, as far as pools go.
-OTHER = {"source": str(TINY), "backend": "simulated", "simulated": {"min_tokens": 6}}
-
-
-def settings(folder: Path, *steps: dict[str, Any], out: str = "out", **sections: Any) -> dict[str, Any]:
-    sampling = {"temperature": 0.5, "max_tokens": 24, "n": 2, "seed": 1}
-    return job(
-        folder / "in",
-        folder / out,
-        **{"sampling": sampling, "shards": {"rows": 4}, "steps": [*steps], **sections},
-    )
 
 
 def scored(**keys: Any) -> dict[str, Any]:
