@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from jobs.planning import Plan
-from pipelines.contracts import Shard, ShardStats
+from pipelines.contracts import Provenance, Shard, ShardStats
 from pipelines.errors import OutputError, PartDamaged
 from pipelines.part import Part, read_part
 from pipelines.storage import Storage
@@ -64,6 +64,12 @@ class Books:
     def totals(self) -> ShardStats:
         """Sum of all footers."""
         return sum((part.footer.stats for part in self.parts), ShardStats(shards=0))
+
+    @property
+    def origins(self) -> list[Provenance]:
+        """Of all parts, then of what was merged into them."""
+        retries = (one for part in self.parts for one in part.footer.retries)
+        return [*(part.footer.provenance for part in self.parts), *(one.provenance for one in retries)]
 
     @property
     def bytes(self) -> int:

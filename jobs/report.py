@@ -80,8 +80,7 @@ def make_report(
     stats = replace(totals, steps=ordered | totals.steps)
     over = books.complete and stats.error_rate > max_error_rate
     rows = [shard.rows for shard in books.shards]
-    origins = [part.footer.provenance for part in books.parts]
-    origins += [retried.provenance for part in books.parts for retried in part.footer.retries]
+    origins = books.origins
     by_run: dict[str, list[Any]] = {}
     for origin in origins:
         by_run.setdefault(origin.run_id, []).append(origin)

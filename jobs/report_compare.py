@@ -62,8 +62,7 @@ def cost_of(books: Books, model: ModelSettings, engines_per_gpu: int | None, cos
     Time in which Ray or the driver started is not in it, nor engines that never committed a shard. `engines_per_gpu`:
     None where the job leaves it to Dray.
     """
-    origins = [part.footer.provenance for part in books.parts]
-    origins += [one.provenance for part in books.parts for one in part.footer.retries]
+    origins = books.origins
     ended: dict[str, float] = {}
     began: dict[tuple[str, str, str], float] = {}
     for origin in origins:

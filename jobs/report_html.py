@@ -175,8 +175,7 @@ def _distributions(facts: Facts) -> list[Distribution]:
 
 def _origin(facts: Facts) -> dict[str, str]:
     """What made the output, by name."""
-    origins = [part.footer.provenance for part in facts.books.parts]
-    origins += [one.provenance for part in facts.books.parts for one in part.footer.retries]
+    origins = facts.books.origins
     model = facts.record["spec"].get("model") or {}
 
     def named(values: list[str], most: int = 12) -> str:
