@@ -15,6 +15,7 @@ from rich.markup import escape
 from jobs.books import SUCCESS, committed_shards
 from jobs.cutting import CPU_TOKENS_PER_S, GPU_TOKENS_PER_S, SHARD_S
 from jobs.engines import Engines, engines_of, hardware_here
+from jobs.feeding import LEAST
 from jobs.fingerprint import fingerprint, identity
 from jobs.loading import LoadedJob
 from jobs.output import check_claim, claim, read_spec
@@ -237,5 +238,5 @@ def _cutting(spec: JobSpec) -> dict[str, Any]:
         "rows": spec.shards.rows,
         "target_tokens": speed * SHARD_S,
         "output_tokens": (first.sampling.max_tokens or 1024) / 2 * first.sampling.n,
-        "feed": pool.most_engines * pool.shards_in_flight,
+        "feed": pool.most_engines * (LEAST if pool.shards_in_flight == "auto" else pool.shards_in_flight),
     }

@@ -38,16 +38,10 @@ from pipelines.attempts import clear_attempts
 from pipelines.contracts import Retry, Shard, result_schema
 from pipelines.errors import ROW_ERROR_CODES, JobIncomplete, SpecError
 from pipelines.part import Footer, Part, read_part
-from pipelines.settings import PoolSettings
 from pipelines.step_settings import dedup_step, step_names
 from pipelines.steps import added_by
 from pipelines.storage import Storage
 from pipelines.wording import unknown
-
-#: Most shards that one engine works on at once in a retry: each costs its worker a call and a record on storage.
-MOST_IN_FLIGHT = 64
-#: Requests that an engine takes at once where neither the job nor the model says: `vllm_defaults` on a large GPU.
-_ENGINE_REQUESTS = 512
 
 
 def retry_failed(
@@ -97,7 +91,7 @@ def retry_failed(
             books = fold(storage, plan)
             parts = [part for part in books.parts if _matching(part.footer, codes)]
             rows = sum(_matching(part.footer, codes) for part in parts)
-            work = replace(work, retry=retry, pool=_filling(job, len(parts), rows))
+            work = replace(work, retry=retry)
             driver = _RetryDriver(job, storage, plan, work, observer, lock, stop or StopRequest())
             driver.take_on(parts, rows)
             ended.usage = driver.usage
@@ -131,6 +125,10 @@ class _RetryDriver(Driver):
             of = f" with error_code {' or '.join(codes)}" if codes else ""
             self._tell("finishing", note=f"nothing to retry: no committed row has failed{of}")
         return self._finish(strict=bool(pending))
+
+    def _rows_of(self, pending: Sequence[Shard]) -> int | None:
+        # As many as the parts have on average: with 5 failed rows in each, three shards would leave 497 of 512 places empty.
+        return math.ceil(len(pending) * (self.rows_total or 0) / self.shards_total)
 
     def _left(self) -> list[Shard]:
         """Shards whose part has failed rows to retry and does not hold what this run made of them."""
@@ -202,20 +200,6 @@ class _RetryDriver(Driver):
 def _matching(footer: Footer, codes: Sequence[str] | None) -> int:
     """Failed rows of a part that a retry is about."""
     return sum(n for code, n in footer.stats.error_codes.items() if codes is None or code in codes)
-
-
-def _filling(job: LoadedJob, shards: int, rows: int) -> PoolSettings:
-    """The job's pool with so many shards in flight that their failed rows fill an engine twice.
-
-    With 5 failed rows in each shard, the 3 shards in flight of a run would leave 497 of 512 places empty.
-    """
-    pool = job.spec.pool
-    if not rows:
-        return pool
-    requests = pool.admission.high or int(job.spec.model.engine.get("max_num_seqs") or _ENGINE_REQUESTS)
-    wanted = math.ceil(2 * requests * shards / rows)
-    in_flight = max(pool.shards_in_flight, min(wanted, MOST_IN_FLIGHT, shards))
-    return pool.model_copy(update={"shards_in_flight": in_flight})
 
 
 # ── What a retry may be asked ────────────────────────────────────────────────────────────────────────────────────

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from jobs.books import (
@@ -22,6 +22,7 @@ from jobs.budget import ErrorBudget
 from jobs.cluster import settle
 from jobs.connection import connected
 from jobs.dedup import drop_duplicates, read_rounds, uncompared
+from jobs.feeding import fed
 from jobs.ledger import Ledger, new_run_id, read_runs
 from jobs.limits import Limits
 from jobs.loading import LoadedJob
@@ -43,7 +44,7 @@ from pipelines.errors import (
     JobIncomplete,
     LimitReached,
 )
-from pipelines.generations import pools_of, with_pools
+from pipelines.generations import with_pools
 from pipelines.kept import KeptIn
 from pipelines.metrics import tell_shards
 from pipelines.part import Footer
@@ -197,10 +198,14 @@ class Driver:
         self._tell("starting")
         with connected(self.job.spec.cluster):
             reserved = settle(self.job.spec)
-            mine = pools_of(self.work)[0][0].work.pool
-            in_flight = {"shards_in_flight": mine.shards_in_flight}  # a retry has its own
-            first, *others = [one.pool for one in reserved]
-            self.work = with_pools(self.work, [first.model_copy(update=in_flight), *others])
+            rows = self._rows_of(pending)
+            self.work = with_pools(
+                self.work,
+                [
+                    fed(one.pool, of.model, of.sampling, shards=len(pending), rows=rows)
+                    for of, one in zip(self.job.spec.pools, reserved, strict=True)
+                ],
+            )
             resources = [one.each for one in reserved]
             # As if all pools were one engine: those of several are of a fixed size (`JobSpec`).
             alone = reserved[0] if len(reserved) == 1 else None
@@ -238,6 +243,11 @@ class Driver:
         """Planned shards without a part, by a fresh listing."""
         committed = committed_shards(self.storage, self.plan)
         return [shard for shard in self.plan.shards if shard.id not in committed]
+
+    def _rows_of(self, pending: Sequence[Shard]) -> int | None:
+        """Rows of these shards that engines are asked about; None where one does not know its own."""
+        rows = [shard.rows for shard in pending]
+        return None if None in rows else sum(n for n in rows if n is not None)
 
     def _pending(self) -> list[Shard]:
         """What is left to do. Raises JobIncomplete when a shard of it is out of attempts."""

@@ -106,13 +106,19 @@ COMMIT_CPUS = 0.1
 
 def _engines(work: Work) -> ray.data.ActorPoolStrategy:
     """The pool of engines. An elastic one keeps a shard waiting at each engine: how Ray sees that there is more work."""
-    pool = work.pool
+    pool, in_flight = work.pool, _in_flight(work)
     return ray.data.ActorPoolStrategy(
         min_size=pool.least_engines,
         max_size=pool.most_engines,
-        max_concurrent_calls_per_actor=pool.shards_in_flight,
-        max_tasks_in_flight_per_actor=pool.shards_in_flight + _is_elastic(work),
+        max_concurrent_calls_per_actor=in_flight,
+        max_tasks_in_flight_per_actor=in_flight + _is_elastic(work),
     )
+
+
+def _in_flight(work: Work) -> int:
+    """Shards that an engine works on at once; `auto` is a number by now (`jobs.feeding`)."""
+    assert work.pool.shards_in_flight != "auto"
+    return work.pool.shards_in_flight
 
 
 def _is_elastic(work: Work) -> bool:
@@ -140,6 +146,6 @@ def _configure(work: Work) -> None:
     if _is_elastic(work):
         # One engine more when each has its shards and one that waits; Ray's own 175 % of them is never reached. One
         # less, of those that have nothing to do, when half of their places are empty or no shard waits any more.
-        in_flight = work.pool.shards_in_flight
+        in_flight = _in_flight(work)
         context.autoscaling_config.actor_pool_util_upscaling_threshold = (in_flight + 1) / in_flight
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -326,8 +326,9 @@ class PoolSettings(Settings):
     2 billion parameters on a GPU of 70 GiB or more, as far as they fit."""
     cpus_per_engine: Literal["auto"] | PositiveFloat = "auto"
     """CPU cores that Ray reserves for one engine of a CPU pool."""
-    shards_in_flight: PositiveInt = 3
-    """Shards that one engine works on at once; enough that the waiting requests can fill a wave."""
+    shards_in_flight: Literal["auto"] | PositiveInt = "auto"
+    """Shards that one engine works on at once. `auto`: 3, and more of small ones, until six rows are in hand for each
+    request that the engine runs at once."""
     admission: AdmissionSettings = AdmissionSettings()
     """When requests enter an engine."""
 

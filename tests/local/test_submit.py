@@ -21,14 +21,13 @@ import pytest
 import yaml
 
 from jobs.lock import held_by
-from pipelines.settings import PoolSettings
 from pipelines.storage import Storage
 from tests.chaos.stage import ENVIRONMENT
 from tests.local.runs import DRAY, ROOT, TINY, rows_of, write_questions
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
-IN_FLIGHT = PoolSettings().shards_in_flight
+IN_FLIGHT = 3
 
 
 @dataclass
@@ -100,6 +99,7 @@ def home(folder: Path, tokens_per_s: float) -> Path:
             "simulated": {"tokens_per_s": tokens_per_s},
         },
         "output": {"path": str(folder / "out")},
+        "pool": {"shards_in_flight": IN_FLIGHT},
         "shards": {"rows": 20},
         "errors": {"shutdown_grace_s": 3},
     }
