@@ -112,6 +112,7 @@ def _task(args: argparse.Namespace, work: Path, deadline: float) -> tuple[Task, 
         replicas=args.replicas,
         packed=args.packed,
         warmup_rows=args.warmup_rows,
+        pool=args.pool,
         shard_rows=args.shard_rows or max(256, count // (8 * args.replicas * args.packed)),
         environment=environment,
         deadline=deadline,
@@ -188,6 +189,7 @@ def _arguments() -> argparse.Namespace:
         help="JSON list of settings for ray_data_tuned, a process for each",
     )
     add("--engine", type=json.loads, default={}, help="JSON of further EngineArgs for all sides")
+    add("--pool", type=json.loads, default={}, help="JSON of further settings of Dray's pool")
     add("--warmup-rows", type=int, default=64, help="of llm_generate and async_llm (default: 64)")
     add("--shard-rows", type=int, help="of Dray (default: eight shards an engine, at least 256)")
     add(

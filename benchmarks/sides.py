@@ -52,6 +52,8 @@ class Task:
     warmup_rows: int = 0
     """Answered before the first pass of the bare sides; Dray and Ray Data begin cold."""
     shard_rows: int | None = None
+    pool: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings of Dray's pool."""
     environment: Mapping[str, str] = field(default_factory=dict)
     deadline: float | None = None
     """By `time.monotonic`: a side that is not done by then is stopped."""
@@ -148,9 +150,48 @@ def dray_packed(task: Task, folder: Path) -> list[Run]:
     ]
 
 
+def dray_loop(task: Task, folder: Path) -> list[Run]:
+    """Dray's loop around the engine, without Ray, detokenising and parts."""
+    folder.mkdir(parents=True)
+    job, result, output = (
+        _job("dray_loop", task, folder, {}),
+        folder / "result.json",
+        folder / "answers.parquet",
+    )
+    script = str(ROOT / "benchmarks" / "engine_loop.py")
+    watched = child.run(
+        [sys.executable, script, str(job), str(result), str(output)],
+        log=folder / "log.txt",
+        env=child.environment(task.environment),
+        cwd=ROOT,
+        deadline=task.deadline,
+    )
+    found = json.loads(result.read_text())
+    (one,) = found["passes"]
+    return [
+        _run(
+            "dray_loop",
+            watched,
+            ready_at=one["ready_at"],
+            written_at=one["written_at"],
+            phases=found["phases"],
+            output=one["output"],
+        )
+    ]
+
+
 SIDES: dict[str, Side] = {
     side.__name__: side
-    for side in (llm_generate, async_llm, ray_data, ray_data_tuned, dray, dray_continuous, dray_packed)
+    for side in (
+        llm_generate,
+        async_llm,
+        ray_data,
+        ray_data_tuned,
+        dray,
+        dray_continuous,
+        dray_packed,
+        dray_loop,
+    )
 }
 
 
@@ -212,9 +253,8 @@ def _script(name: str, script: str, task: Task, folder: Path, own: dict[str, Any
     ]
 
 
-def _dray(name: str, task: Task, folder: Path, pool: dict[str, Any]) -> list[Run]:
-    folder.mkdir(parents=True)
-    job, output = folder / "job.yaml", folder / "out"
+def _job(name: str, task: Task, folder: Path, pool: dict[str, Any]) -> Path:
+    """The task as a job file; its output is `out` beside it."""
     limit = {"max_tokens_column": task.max_tokens_column} if task.max_tokens_column else {}
     spec = {
         "name": name.replace("_", "-"),
@@ -222,12 +262,19 @@ def _dray(name: str, task: Task, folder: Path, pool: dict[str, Any]) -> list[Run
         "prompt": {"template": task.template, "chat": task.chat},
         "model": {"source": str(task.model), "engine": dict(task.engine)},
         "sampling": {**task.sampling, **limit},
-        "output": {"path": str(output)},
-        "pool": {"device": task.device, "replicas": task.replicas, **pool},
+        "output": {"path": str(folder / "out")},
+        "pool": {"device": task.device, "replicas": task.replicas, **task.pool, **pool},
     }
     if task.shard_rows:
         spec["shards"] = {"rows": task.shard_rows}
+    job = folder / "job.yaml"
     job.write_text(yaml.safe_dump(spec, sort_keys=False))
+    return job
+
+
+def _dray(name: str, task: Task, folder: Path, pool: dict[str, Any]) -> list[Run]:
+    folder.mkdir(parents=True)
+    job, output = _job(name, task, folder, pool), folder / "out"
     watched = child.run(
         child.dray("run", str(job), "--json", "--quiet"),
         log=folder / "log.txt",
