@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from pipelines.admission import Gate
-from pipelines.lengths import HELD, LITTLE, Lengths, Rows
+from pipelines.admission import Candidate, Gate
+from pipelines.lengths import HELD, Lengths, Rows
 from pipelines.settings import SamplingSettings
 from pipelines.waves import AdmissionPolicy
 
@@ -78,6 +78,8 @@ class Request:
     answer: int
     kv_tokens: int
     """What the gate is told: of prompt and expected answer."""
+    max_tokens: int | None = None
+    """Of its own, where the row says so."""
 
 
 class SimulatedLine:
@@ -93,18 +95,20 @@ class SimulatedLine:
         self._engine, self._requests = engine, requests
         self._lengths, self._when_done = lengths, when_done
         self._left, self._first = len(requests), -1
-        # Without predictions all are of one class, which goes in its own order.
-        prompt_tokens = (lambda row: requests[row].prompt) if lengths else (lambda _: 1)
-        self._waiting = Rows(range(len(requests)), prompt_tokens, lengths or _ALL_ALIKE)
+        rows = range(len(requests))
+        if lengths:
+            self._waiting = Rows(rows, self._prompt_tokens, lengths, self._max_tokens)
+        else:  # all are of one class, which goes in its own order
+            self._waiting = Rows(rows, lambda _: 1, _ALL_ALIKE)
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def peek(self) -> int:
-        load = self._engine.gate.load
-        longest = self._lengths is not None and load.waiting <= LITTLE * load.in_flight
-        self._first = self._waiting.first(longest)
-        return self._requests[self._first].kv_tokens
+    def peek(self, longest: bool) -> Candidate:
+        row = self._first = self._waiting.first(longest)
+        lengths = self._lengths
+        expected = lengths.predict(self._prompt_tokens(row), self._max_tokens(row)) if lengths else 0.0
+        return Candidate(expected, self._requests[row].kv_tokens)
 
     def start(self, kv_tokens: int) -> None:
         row = self._first
@@ -114,10 +118,16 @@ class SimulatedLine:
     def ended(self, request: Request) -> None:
         self._left -= 1
         if self._lengths:
-            self._lengths.learn(request.prompt, request.answer)
+            self._lengths.learn(request.prompt, request.answer, request.max_tokens)
         self._engine.gate.leave(request.kv_tokens)
         if not self._left:
             self._when_done()
+
+    def _prompt_tokens(self, row: int) -> int:
+        return self._requests[row].prompt
+
+    def _max_tokens(self, row: int) -> int | None:
+        return self._requests[row].max_tokens
 
 
 _ALL_ALIKE = Lengths(SamplingSettings(), 4096)

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from pipelines.admission import Gate, gate_of
+from pipelines.admission import Candidate, Gate, gate_of
 from pipelines.engine import Engine, EngineInfo, open_engine
 from pipelines.errors import DrayError, EngineDied, EngineStartError, JobError, RowError
 from pipelines.lengths import HELD, Lengths
@@ -217,8 +217,9 @@ class _Feed:
     def __len__(self) -> int:
         return _ENDLESS
 
-    def peek(self) -> int:
-        return len(self._next) + math.ceil(HELD * self._lengths.predict(len(self._next)))
+    def peek(self, longest: bool) -> Candidate:
+        expected = self._lengths.predict(len(self._next))
+        return Candidate(expected, len(self._next) + math.ceil(HELD * expected))
 
     def start(self, kv_tokens: int) -> None:
         prompt, self._next = self._next, next(self._prompts)

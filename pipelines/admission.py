@@ -3,7 +3,10 @@
 A steady trickle of new prompts halves a small model's speed on an H200 (design §5: 25.2 k output tokens/s against 51.2 k in
 waves), because each step that mixes a prefill into a full batch of decodes misses the captured CUDA graph.
 
-    shards' lines ──► Gate: the oldest shard first, as much as the KV cache holds ──► policy: now or later ──► engine
+    shards' lines ──► Gate: whose turn, as much as the KV cache holds ──► policy: now or later ──► engine
+
+It is the oldest shard's turn, so that shards end one after the other. When little is left it is the longest answer's of all
+shards: one that is begun last keeps the engine busy alone.
 """
 
 from __future__ import annotations
@@ -16,30 +19,41 @@ from typing import Protocol
 
 from pipelines.adaptive import Adaptive
 from pipelines.engine import Engine, EngineInfo
+from pipelines.lengths import ALIKE, LITTLE
 from pipelines.settings import AdmissionSettings
 from pipelines.waves import AdmissionPolicy, Continuous, Load, Wave
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A request that waits."""
+
+    answer_tokens: float
+    """That it is expected to get, all samples together."""
+    kv_tokens: int
+    """Tokens of KV cache to keep for it."""
+
+
 class Line(Protocol):
-    """The requests of one shard that wait before the gate, in an order of the line's own."""
+    """The requests of one shard that wait before the gate."""
 
     def __len__(self) -> int:
         """Requests that wait."""
 
-    def peek(self) -> int:
-        """KV-cache tokens to keep for the first in line; the line has one."""
+    def peek(self, longest: bool) -> Candidate:
+        """The first in line, by the line's own order or by the longest expected answer; the line has one."""
 
     def start(self, kv_tokens: int) -> None:
-        """Begin the first in line, which `peek` gave `kv_tokens`. When it ends, `Gate.leave(kv_tokens)` is due."""
+        """Begin the one that `peek` gave last, with `kv_tokens`. When it ends, `Gate.leave(kv_tokens)` is due."""
 
 
 @dataclass
 class Gate:
     """Lets requests into one engine: the oldest shard's first, while the KV cache has room and the policy allows.
 
-    Nobody overtakes the first in line for want of KV cache, and it may enter an empty engine whatever its size, so none
-    waits for ever. Everything happens inside `enter` and `leave`, in O(log lines) per request; there is a line for each
-    shard in flight. For one event loop, or one thread.
+    Nobody overtakes the one whose turn it is for want of KV cache, and it may enter an empty engine whatever its size, so none
+    waits for ever. Everything happens inside `enter` and `leave`, in O(log lines) per request, in O(lines) when little is
+    left; there is a line for each shard in flight. For one event loop, or one thread.
     """
 
     policy: AdmissionPolicy
@@ -80,12 +94,8 @@ class Gate:
 
     def _admit(self) -> None:
         load = self.load
-        while self._lines:
-            line = self._lines[0][2]
-            if not len(line):
-                heapq.heappop(self._lines)
-                continue
-            kv_tokens = line.peek()
+        while (turn := self._turn()) is not None:
+            line, kv_tokens = turn
             fits = self.kv_tokens is None or load.kv_tokens + kv_tokens <= self.kv_tokens
             if not self.policy.admits(load, fits or not load.in_flight):
                 return
@@ -95,6 +105,19 @@ class Gate:
             load.kv_tokens += kv_tokens
             load.waiting -= 1
             line.start(kv_tokens)
+
+    def _turn(self) -> tuple[Line, int] | None:
+        """The line whose request is to enter next, and the KV-cache tokens that it needs; None where nobody waits."""
+        while self._lines and not len(self._lines[0][2]):
+            heapq.heappop(self._lines)
+        if not self._lines:
+            return None
+        if self.load.waiting > LITTLE * self.load.in_flight:
+            oldest = self._lines[0][2]
+            return oldest, oldest.peek(longest=False).kv_tokens
+        found = [(line, line.peek(longest=True)) for _, _, line in sorted(self._lines) if len(line)]
+        enough = (1 - ALIKE) * max(one.answer_tokens for _, one in found)
+        return next((line, one.kv_tokens) for line, one in found if one.answer_tokens >= enough)
 
 
 def gate_of(settings: AdmissionSettings, engine: Engine, info: EngineInfo) -> Gate:

@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipelines.admission import Gate, gate_of
+from pipelines.admission import Candidate, Gate, gate_of
 from pipelines.contracts import GENERATION_SCHEMA, Turn, Work
 from pipelines.engine import Answer, Engine, EngineInfo
 from pipelines.errors import EngineDied, RowError
 from pipelines.histogram import Histogram
-from pipelines.lengths import HELD, LITTLE, Lengths, Rows
+from pipelines.lengths import HELD, Lengths, Rows
 from pipelines.seeds import row_seed
 from pipelines.settings import SamplingSettings
 from pipelines.stage import Parcel
@@ -216,7 +216,7 @@ class Answering:
 
 
 class _Line:
-    """`pipelines.admission.Line` of the rows of one `run`; when little is left, the longest predicted answer first."""
+    """`pipelines.admission.Line` of the rows of one `run`."""
 
     def __init__(
         self, answering: Answering, rows: Iterable[int], group: asyncio.TaskGroup, gate: Gate
@@ -231,12 +231,11 @@ class _Line:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def peek(self) -> int:
-        load = self._gate.load
-        self._first = self._waiting.first(longest=load.waiting <= LITTLE * load.in_flight)
+    def peek(self, longest: bool) -> Candidate:
+        self._first = self._waiting.first(longest)
         prompt_tokens = self._answering.prompt_tokens(self._first)
         expected = self._lengths.predict(prompt_tokens, self._answering.max_tokens(self._first))
-        return prompt_tokens + math.ceil(HELD * expected)
+        return Candidate(expected, prompt_tokens + math.ceil(HELD * expected))
 
     def start(self, kv_tokens: int) -> None:
         self._waiting.take(self._first)

@@ -1,9 +1,11 @@
 """How long answers will be, learned from those that are there, and which request of a shard goes first for it.
 
-Requests fall into classes by the length of their prompts, and by what their answers may have at most where each row says so
-itself, one for each doubling; the prediction is the mean answer of the class, drawn towards the mean of all while it has few. When little is left the longest go first: what an engine begins last then
-ends soon, and so does the job. Before that the input's order: long answers together fill the KV cache with few requests,
-short ones leave it empty (SIMULATED: up to 3 % slower), and prefixes that prompts share lie together.
+What is learned is the share of its limit, `max_tokens`, that an answer takes. Requests fall into classes by the length of their
+prompts, and by their limit where each row has its own, one for each doubling; the prediction is the mean share of the class,
+drawn towards that of all while it has few answers, times the limit. So a row that may be long is known before any long answer has
+ended: short ones end first. When little is left the longest go first: what an engine begins last then ends soon, and so does
+the job. Before that the input's order: long answers together fill the KV cache with few requests, short ones leave it empty
+(SIMULATED: up to 3 % slower), and prefixes that prompts share lie together.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 from pipelines.settings import SamplingSettings
 
-#: Answers that a guess counts for: of half the allowed length for all, of the mean of all for a class.
+#: Answers that a guess counts for: of half the limit for all, of the mean of all for a class.
 PRIOR = 32
 #: Answers of a class after which older ones count half.
 MEMORY = 2048
@@ -39,23 +41,24 @@ class Lengths:
         self._limit = sampling.max_tokens or max_model_len
         self._max_model_len = max_model_len
         self._all = _Mean()
-        self._all.add(min(self._limit, max_model_len) / 2, PRIOR)
+        self._all.add(min(self._limit, max_model_len) / 2 / self._limit, PRIOR)
         self._classes: dict[Kind, _Mean] = {}
 
     def learn(self, prompt_tokens: int, answer_tokens: int, max_tokens: int | None = None) -> None:
         """One answered request; `answer_tokens` of all its samples, `max_tokens` its own where it has one."""
-        per_sample = answer_tokens / self._samples
-        self._all.add(per_sample, 1)
+        share = answer_tokens / self._samples / (max_tokens or self._limit)
+        self._all.add(share, 1)
         kind = kind_of(prompt_tokens, max_tokens)
         if kind not in self._classes:
             self._classes[kind] = _Mean()
-        self._classes[kind].add(per_sample, 1)
+        self._classes[kind].add(share, 1)
 
     def predict(self, prompt_tokens: int, max_tokens: int | None = None) -> float:
         """Expected tokens of all samples, never more than the request may have."""
         of_class = self._classes.get(kind_of(prompt_tokens, max_tokens), _NONE)
-        expected = (of_class.total + PRIOR * self._all.value) / (of_class.count + PRIOR)
-        most = min(max_tokens or self._limit, self._max_model_len - prompt_tokens)
+        share = (of_class.total + PRIOR * self._all.value) / (of_class.count + PRIOR)
+        limit = max_tokens or self._limit
+        expected, most = share * limit, min(limit, self._max_model_len - prompt_tokens)
         return self._samples * max(1.0, min(expected, most))
 
 

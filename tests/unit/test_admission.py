@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.adaptive import Adaptive
-from pipelines.admission import Gate, admission_policy
+from pipelines.admission import Candidate, Gate, admission_policy
 from pipelines.settings import AdmissionSettings
 from pipelines.waves import AdmissionPolicy, Continuous, Load, Wave
 
@@ -25,8 +25,11 @@ class Requests:
     def __len__(self) -> int:
         return len(self.waiting)
 
-    def peek(self) -> int:
-        return self.waiting[0]
+    def peek(self, longest: bool) -> Candidate:
+        if longest:
+            at = self.waiting.index(max(self.waiting))
+            self.waiting.rotate(-at)
+        return Candidate(self.waiting[0], self.waiting[0])
 
     def start(self, kv_tokens: int) -> None:
         assert self.waiting.popleft() == kv_tokens
@@ -155,6 +158,20 @@ def test_the_oldest_shard_goes_first() -> None:
         gate.leave(line.running.pop())
         order.append([priority for priority, other in sorted(lines.items()) if other.running])
     assert order == [[1], [1], [1, 2], [2], [2, 3], [3]]
+
+
+def test_when_little_is_left_the_longest_of_all_shards_goes_first() -> None:
+    gate = Gate(Continuous(high=4))
+    first, old, young = Requests([9] * 4), Requests([1, 2, 1, 1]), Requests([5, 1, 1])
+    for priority, line in enumerate((first, old, young)):
+        gate.enter(priority, line)
+    order = []
+    for _ in range(8):  # seven wait beside three in flight, then six, which is little
+        before = len(old), len(young)
+        ending = next(line for line in (first, old, young) if line.running)
+        gate.leave(ending.running.pop())
+        order.append("old" if len(old) < before[0] else "young" if len(young) < before[1] else None)
+    assert order == ["old", "young", "old", "old", "old", "young", "young", None]
 
 
 def test_a_request_larger_than_the_kv_cache_runs_alone_and_nobody_overtakes_it() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.lengths import Lengths, Rows
+from benchmarks.step_model import LARGE, Request, StepEngine, run_shards
+from benchmarks.workloads import WORKLOADS
+from pipelines.lengths import HELD, Lengths, Rows
 from pipelines.settings import SamplingSettings
+from pipelines.waves import Wave
 
 
 def lengths(max_model_len: int = 4096, **sampling: object) -> Lengths:
@@ -94,3 +98,28 @@ def test_a_rows_own_limit_makes_its_class() -> None:
         order.append(line.first(longest=True))
         line.take(order[-1])
     assert order == [1, 3, 0, 2]
+
+
+def test_a_limit_that_no_answer_has_shown_yet_is_taken_for_a_longer_answer() -> None:
+    known = lengths(max_tokens=1000)
+    for _ in range(300):
+        known.learn(100, 20, 40)
+    assert 300 < known.predict(100, 800) < 500
+    assert 15 < known.predict(100, 40) < 25
+
+
+def test_known_limits_shorten_the_end_of_a_run() -> None:
+    """SIMULATED: one 7B engine, long-tailed answers as long as their rows allow, in shards that alone do not fill it."""
+    table = WORKLOADS["W2"].table(1_500)
+    rows = [
+        Request(len(prompt), most, len(prompt) + round(HELD * most), most)
+        for prompt, most in zip(table["prompt"].to_pylist(), table["max_tokens"].to_pylist(), strict=True)
+    ]
+    blind = [replace(row, max_tokens=None) for row in rows]
+
+    def seconds(rows: list[Request]) -> float:
+        engine = StepEngine(replace(LARGE, kv_tokens=1_700_000), lambda _: Wave(512, 384))
+        shards = [rows[at : at + 256] for at in range(0, len(rows), 256)]
+        return run_shards([engine], shards, shards_in_flight=6, learn=True)
+
+    assert seconds(rows) < 0.95 * seconds(blind)
