@@ -82,15 +82,15 @@ async def _answered(
 
 
 def _write(done: list[Parcel], path: Path) -> None:
-    """`generated_text` (empty), `prompt_tokens`, `completion_tokens` of each row: what the sides are held against."""
+    """`id`, `generated_text` (empty), `prompt_tokens`, `completion_tokens` of each row: what the sides are held against."""
     tables = []
     for parcel in done:
         assert parcel.prompts is not None
         assert parcel.generations is not None
-        asked = parcel.prompts["token_ids"].take(parcel.generations["row"])
+        asked = parcel.prompts.take(parcel.generations["row"])
         lengths = pc.list_value_length(parcel.generations["token_ids"])
-        columns = {"generated_text": pc.if_else(pc.is_valid(lengths), "", None)}
-        columns |= {"prompt_tokens": pc.list_value_length(asked), "completion_tokens": lengths}
+        columns = {"id": asked["row_id"], "generated_text": pc.if_else(pc.is_valid(lengths), "", None)}
+        columns |= {"prompt_tokens": pc.list_value_length(asked["token_ids"]), "completion_tokens": lengths}
         tables.append(pa.table(columns))
     pq.write_table(pa.concat_tables(tables), path)
 

@@ -5,7 +5,8 @@
 TASK.json and RESULT.json are those of `bare_vllm.py`; `processor` goes to vLLMEngineProcessorConfig as it stands (batch_size,
 max_concurrent_batches …; nothing in it: Ray's defaults). Rows are read, tokenised, answered and written by Ray Data, each row
 with its own `sampling_params`. Differs from the documentation's example in `log_engine_metrics=False` (they need ray[serve]),
-and on a CPU in a placement group of CPUs (Ray asks for a GPU otherwise).
+and on a CPU in a placement group of CPUs (Ray asks for a GPU otherwise), with 16 CPUs for Ray's books: its stages reserve one
+each, and on two cores the listing of files would wait for ever for the actors of the stages behind it.
 
 When an engine became ready is not said by Ray Data. The earliest begin of a request stands for it: for each row, the time at
 which its answer reached `postprocess` less `time_taken_llm`. That is a little late, so the steady state is a little too good.
@@ -31,7 +32,13 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     # The workers' environment is this process's: the raylet is its child.
-    ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local",
+        _node_ip_address="127.0.0.1",
+        include_dashboard=False,
+        log_to_driver=False,
+        num_cpus=16 if task["device"] == "cpu" else None,
+    )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
