@@ -154,8 +154,10 @@ def hidden_columns(
     """Input columns by their names in the output, a renamed one by both; and the elements of their lists."""
     hidden = {*redact, *(rename.get(name, name) for name in redact)}
     for step in steps:
-        if step.explode is not None and step.explode.column.partition(".")[0] in hidden:
-            hidden.add(step.explode.into)
+        if step.explode is not None:
+            sources = step.explode.columns or (step.explode.column or "",)
+            if any(column.partition(".")[0] in hidden for column in sources):
+                hidden.add(step.explode.into)
     return frozenset(hidden)
 
 

@@ -11,7 +11,7 @@ from pipelines.dedup import is_comparable, is_text
 from pipelines.errors import SpecError
 from pipelines.filter import compile_filter
 from pipelines.prompt_columns import prompt_columns, prompt_type_problems
-from pipelines.step_settings import StepSettings, element_type, nested_type, step_names
+from pipelines.step_settings import ExplodeStep, StepSettings, element_type, nested_type, step_names
 
 
 def order_problems(steps: Sequence[StepSettings]) -> list[str]:
@@ -72,11 +72,8 @@ def _problems(step: StepSettings, schema: pa.Schema) -> list[str]:
                 pa.types.is_boolean(type_) or pa.types.is_integer(type_) or pa.types.is_floating(type_)
             ),
         )
-    if step.explode is not None and element_type(schema, step.explode.column) is None:
-        column = step.explode.column
-        type_ = nested_type(schema, column)
-        wrong = _no_column(column, schema) if type_ is None else f"{column!r} holds {type_} values, not lists"
-        problems.append(f"column: {wrong}")
+    if step.explode is not None:
+        problems += _explode_problems(step.explode, schema)
     if step.dedup is not None:
         for column in step.dedup.columns:
             if step.dedup.method == "minhash":
@@ -85,6 +82,21 @@ def _problems(step: StepSettings, schema: pa.Schema) -> list[str]:
                 problems += _type_problem(
                     "columns", column, schema, "text, numbers, booleans or dates", is_comparable
                 )
+    return problems
+
+
+def _explode_problems(explode: ExplodeStep, schema: pa.Schema) -> list[str]:
+    if explode.column is not None and element_type(schema, explode.column) is None:
+        type_ = nested_type(schema, explode.column)
+        if type_ is None:
+            return [f"column: {_no_column(explode.column, schema)}"]
+        return [f"column: {explode.column!r} holds {type_} values, not lists"]
+    columns = explode.columns or ()
+    problems = [f"columns: {_no_column(column, schema)}" for column in columns if column not in schema.names]
+    types = {column: schema.field(column).type for column in columns if column in schema.names}
+    if len(set(types.values())) > 1:
+        found = ", ".join(f"{column!r} {type_}" for column, type_ in types.items())
+        problems.append(f"columns: must be of one type; found {found}")
     return problems
 
 

@@ -143,15 +143,52 @@ class SelectStep(Settings):
 
 
 class ExplodeStep(Settings):
-    """Make a list's elements records of their own, in the place of the record that has the list."""
+    """Make several records of one, in its place; give exactly one of `column`, `values`, `columns`."""
 
-    column: Text
-    """A column of lists, or a field of a struct that holds them: `parsed.questions`."""
+    column: Text | None = None
+    """A column of lists, or a field of a struct that holds them (`parsed.questions`): a record for each element."""
+    values: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Texts, the same for all records: a record for each of them, so that later prompts can differ by it."""
+    columns: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Columns of one type: a record for the value of each, such as the answers of several models."""
     into: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
     """The new column in which each record has its element. All other columns stay as they are, and the `row_id` gets
-    the element's place in the list behind it, from 0: `…#7/0`."""
+    the element's place behind it, from 0: `…#7/0`."""
+    name_into: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    """Only for `columns`: a new column with the name of the one that the element is from."""
     on_empty: Literal["drop", "null"] = "drop"
-    """A list without elements, or null instead of a list: the record is dropped, or becomes one whose element is null."""
+    """Only for `column`. A list without elements, or null instead of a list: the record is dropped, or becomes one whose
+    element is null."""
+
+    def adds(self, schema: pa.Schema) -> pa.Schema:
+        """The new columns; `null` for a type that cannot be told."""
+        if self.values is not None:
+            type_: pa.DataType | None = pa.string()
+        elif self.columns is not None:
+            type_ = schema.field(self.columns[0]).type if self.columns[0] in schema.names else None
+        else:
+            assert self.column is not None  # _one_source
+            type_ = element_type(schema, self.column)
+        added = [(self.into, type_ or pa.null())]
+        return pa.schema([*added, (self.name_into, pa.string())] if self.name_into else added)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ExplodeStep:
+        given = [name for name in ("column", "values", "columns") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"give exactly one of column, values, columns; found {found}")
+        for name in ("values", "columns"):
+            items = getattr(self, name) or ()
+            if len(set(items)) < len(items):
+                raise ValueError(f"{name}: each once; found {', '.join(items)}")
+        if self.name_into and self.columns is None:
+            raise ValueError("name_into: only with columns")
+        if self.name_into == self.into:
+            raise ValueError(f"name_into: {self.into!r} is the column of the elements; give it another name")
+        if "on_empty" in self.model_fields_set and self.column is None:
+            raise ValueError("on_empty: only with column")
+        return self
 
 
 class DedupStep(Settings):
@@ -203,7 +240,7 @@ class StepSettings(Settings):
     select: SelectStep | None = None
     """Keep the best records of each row of the input."""
     explode: ExplodeStep | None = None
-    """Make a list's elements records of their own."""
+    """Make several records of one: of a list's elements, of variants, of columns."""
     generate: GenerateStep | None = None
     """Ask a model about each record."""
     judge: JudgeStep | None = None
@@ -234,7 +271,7 @@ class StepSettings(Settings):
     def adds(self, schema: pa.Schema) -> pa.Schema:
         """The columns that the step adds to records of this schema, all nullable."""
         if self.explode is not None:
-            return pa.schema([(self.explode.into, element_type(schema, self.explode.column) or pa.null())])
+            return self.explode.adds(schema)
         step = self.parse or self.map or self.asks
         added = [(name, arrow_type(kind)) for name, kind in (step.adds if step else {}).items()]
         if self.generate and isinstance(schema := self.generate.sampling.output_schema, dict):

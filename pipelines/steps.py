@@ -3,7 +3,7 @@
     answers ─► parse ─► map ─► filter ─► select ─► explode ─► the part's rows
 
 A record is one sample of one row. Each step sees the records that are still good, and adds columns to them, drops some,
-fails some, or puts the elements of a list in their places, which are rows of their own; a failed or dropped record keeps
+fails some, or puts several in their places, which are rows of their own; a failed or dropped record keeps
 what it has and goes past the rest. The books of each step balance: in + added = out + dropped + failed. At the end a row
 has failed when none of its records is good and one has failed. Steps that ask a model are no steps here: each begins another run of steps, on the answers of another generation.
 """
@@ -55,22 +55,24 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Elements:
-    """Elements of lists, in the order of the records that have the lists and of the lists."""
+    """What records become several of, in the order of the records and of their elements."""
 
-    column: str
-    values: pa.ChunkedArray
+    added: Mapping[str, pa.Array | pa.ChunkedArray]
+    """New columns; one value for each element."""
     record: npt.NDArray[np.int64]
-    """For each element the place of the record that has the list."""
+    """For each element the place of its record."""
     number: npt.NDArray[np.int64]
-    """Its place in the list."""
+    """Its place among the elements of that."""
 
     def records(self, good: pa.Table) -> pa.Table:
-        """A record for each element: that with the list, the element in a column more, and an id of its own."""
+        """A record for each element: the one that it is of, with the new columns and an id of its own."""
         records = good.take(pa.array(self.record))
         place = records.column_names.index("row_id")
         ids = element_ids(records["row_id"], pa.array(self.number))
         records = records.set_column(place, records.schema.field(place), ids)
-        return records.append_column(self.column, self.values)
+        for column, values in self.added.items():
+            records = records.append_column(column, values)
+        return records
 
 
 class Step(Protocol):
@@ -305,10 +307,33 @@ def _select(step: SelectStep) -> Step:
 
 
 def _explode(step: ExplodeStep) -> Step:
+    if step.column is not None:
+        return _explode_lists(step, step.column)
+
+    def run(good: pa.Table) -> Verdict:
+        names = step.values or step.columns or ()
+        record = np.repeat(np.arange(len(good)), len(names))
+        number = np.tile(np.arange(len(names)), len(good))
+        labels = pa.array(names, pa.string()).take(pa.array(number))
+        added: dict[str, pa.Array | pa.ChunkedArray] = {step.into: labels}
+        if step.columns is not None:
+            # One column behind the other; then the first value of each, the second of each …
+            values = pa.chunked_array(
+                [chunk for name in names for chunk in good[name].chunks], good[names[0]].type
+            )
+            added = {step.into: values.take(pa.array(number * len(good) + record))}
+            if step.name_into:
+                added[step.name_into] = labels
+        return Verdict(elements=Elements(added, record, number))
+
+    return run
+
+
+def _explode_lists(step: ExplodeStep, column: str) -> Step:
     least = 1 if step.on_empty == "null" else 0
 
     def run(good: pa.Table) -> Verdict:
-        lists = _nested(good, step.column)
+        lists = _nested(good, column)
         lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int64)
         elements = np.maximum(lengths, least)
         record = np.repeat(np.arange(len(good)), elements)
@@ -318,7 +343,7 @@ def _explode(step: ExplodeStep) -> Step:
         values = found.take(pa.array(place, mask=lengths[record] == 0))
         return Verdict(
             dropped=np.flatnonzero(elements == 0).tolist(),
-            elements=Elements(step.into, values, record, number),
+            elements=Elements({step.into: values}, record, number),
         )
 
     return run
