@@ -8,8 +8,8 @@ with its own `sampling_params`. Differs from the documentation's example in `log
 and on a CPU in a placement group of CPUs (Ray asks for a GPU otherwise), with 16 CPUs for Ray's books: its stages reserve one
 each, and on two cores the listing of files would wait for ever for the actors of the stages behind it.
 
-When an engine became ready is not said by Ray Data. The earliest begin of a request stands for it: for each row, the time at
-which its answer reached `postprocess` less `time_taken_llm`. That is a little late, so the steady state is a little too good.
+When an engine became ready is not said by Ray Data. The earliest arrival of a request at vLLM stands for it, by the metrics that
+vLLM gives with each answer.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
             "generated_text": row["generated_text"],
             "prompt_tokens": row["num_input_tokens"],
             "completion_tokens": row["num_generated_tokens"],
-            "began_at": time.time() - row["time_taken_llm"],
+            "began_at": row["metrics"]["arrival_time"],
         }
 
     processor = build_processor(config, preprocess=before, postprocess=after)
