@@ -56,7 +56,8 @@ def _digest(model: Mapping[str, Any], task: Task, sampling: SamplingSettings) ->
         "task": asdict(task),
         "sampling": sampling.model_dump(mode="json", exclude=hidden, exclude_none=True),
     }
-    return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
+    # Sorted: what comes from a set stands in another order in each process.
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _content_of(key: str, job: LoadedJob) -> dict[str, Any]:

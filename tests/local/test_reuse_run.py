@@ -1,0 +1,29 @@
+"""Answers kept by one `dray run` are found by another: two processes, which agree on nothing but the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from jobs.inspect import report_of
+from pipelines.storage import Storage
+from tests.local.runs import content, dray, job, write_questions
+
+SAMPLED = {"temperature": 1.0, "seed": 0, "max_tokens": 24}
+
+
+def test_a_later_run_asks_only_the_edited_judge(tmp_path: Path) -> None:
+    write_questions(tmp_path / "in", rows=12)
+    for name, rubric, hash_seed in (("first", "Is it right?", "1"), ("edited", "Is it polite?", "2")):
+        judge = {"judge": {"column": "score", "rubric": rubric}}
+        reuse = {"keep": True} if name == "first" else {"outputs": [str(tmp_path / "first")]}
+        spec = job(tmp_path / "in", tmp_path / name, sampling=SAMPLED, steps=[judge], reuse=reuse)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(spec))
+        # What a set's order is, and with it that of anything made from one, differs between processes.
+        ran = dray("run", str(tmp_path / f"{name}.yaml"), "--quiet", env={"PYTHONHASHSEED": hash_seed})
+        assert ran.returncode == 0, ran.stderr
+    stats = report_of(Storage(str(tmp_path / "edited"))).stats
+    assert (stats.rows_in, stats.rows_reused) == (12, 12)
+    texts = [[row["generated_text"] for row in content(tmp_path / name)] for name in ("first", "edited")]
+    assert texts[0] == texts[1]
