@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipelines.histogram import Histogram
+from pipelines.messages import CONVERSATION_TYPE
 from pipelines.output_schema import arrow_type_of
 from pipelines.settings import (
     ErrorSettings,
@@ -185,6 +186,7 @@ PROMPT_SCHEMA = pa.schema(
         pa.field(
             "answer_tokens", pa.int32()
         ),  # of a `score` step: the last so many of `token_ids` are the answer's
+        pa.field("messages", CONVERSATION_TYPE),  # what is asked, where the conversation becomes a column
         *ERROR_FIELDS,
     ]
 )
@@ -267,6 +269,8 @@ def extra_fields(output: OutputSettings, sampling: SamplingSettings) -> list[pa.
     fields += [LOGPROBS_FIELD] if sampling.logprobs is not None else []
     if isinstance(sampling.output_schema, dict):
         fields.append(pa.field("parsed", arrow_type_of(sampling.output_schema)[0]))
+    if output.conversation is not None:
+        fields.append(pa.field(output.conversation, CONVERSATION_TYPE))
     return fields
 
 

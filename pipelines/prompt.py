@@ -1,6 +1,6 @@
 """Rows to prompts: render or collect the turns, apply the model's chat template, tokenise.
 
-    columns ─► turns (template | messages_column | prompt_column | function) ─► prompt text ─► token ids
+    columns ─► turns (template | prompt_column | function, messages_column before them) ─► prompt text ─► token ids
 
 Where an answer is given (`score` steps), its token ids follow the prompt's. Each step can fail for one row without touching its neighbours; the error travels in the row's place.
 """
@@ -18,7 +18,16 @@ import pyarrow.compute as pc
 from pipelines.code import load_function
 from pipelines.contracts import PROMPT_SCHEMA
 from pipelines.errors import ROW_ERROR_CODES, RowError, SpecError
-from pipelines.messages import Message, Turns, checked, conversation, has_system
+from pipelines.messages import (
+    CONVERSATION_TYPE,
+    Message,
+    Turns,
+    checked,
+    continued,
+    conversation,
+    has_system,
+    told_whole,
+)
 from pipelines.row_limits import row_limits
 from pipelines.settings import PromptSettings, SamplingSettings
 from pipelines.template import Template, null, one_line
@@ -41,7 +50,7 @@ class Tokenizer(Protocol):
 class PromptBuilder:
     """Builds the prompts of any number of tables. `folders` are the user's own, for `prompt.function`;
     `sampling` says where a row's own `max_tokens` stands, `key` where the settings stand in the job file, `answer` in which
-    column the text is that follows the prompt.
+    column the text is that follows the prompt, `conversation` which key of the job file wants the messages as a column.
 
     Raises SpecError on construction: template syntax, a function that cannot be imported, a chat without a chat
     template.
@@ -55,9 +64,11 @@ class PromptBuilder:
         sampling: SamplingSettings | None = None,
         key: str = "prompt",
         answer: str | None = None,
+        conversation: str | None = None,
     ) -> None:
         self.settings = settings
         self._answer = answer
+        self._conversation = conversation
         self._sampling = sampling or SamplingSettings()
         self.tokenizer = tokenizer
         has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -65,14 +76,15 @@ class PromptBuilder:
         """Whether the model's chat template is applied."""
         if not has_template:
             needs = {
-                "system": settings.system,
-                "messages_column": settings.messages_column,
-                "chat": settings.chat,
+                f"{key}.system": settings.system,
+                f"{key}.messages_column": settings.messages_column,
+                f"{key}.chat": settings.chat,
+                conversation or "": conversation,
             }
             for name, value in needs.items():
                 if value:
                     raise SpecError(
-                        f"{key}.{name}: the model's tokenizer has no chat template; "
+                        f"{name}: the model's tokenizer has no chat template; "
                         f"choose an instruction-tuned model, or leave the key out"
                     )
         self._conversations = Conversations(settings, folders, key)
@@ -84,9 +96,10 @@ class PromptBuilder:
         code keep it and get no tokens.
         """
         limits = row_limits(table, self._sampling)
+        asked = self._asked(table)
         outcomes = [
             limit if isinstance(limit, RowError) and isinstance(text, str) else text
-            for text, limit in zip(self.texts(table), limits, strict=True)
+            for text, limit in zip(self._rendered(asked), limits, strict=True)
         ]
         token_ids = self._tokenise(outcomes, "prompt", special=not self.chat)
         answer_tokens = self._append_answers(table, outcomes, token_ids)
@@ -97,6 +110,7 @@ class PromptBuilder:
                 pa.array(token_ids, PROMPT_SCHEMA.field("token_ids").type),
                 pa.array([None if isinstance(x, RowError) else x for x in limits], pa.int32()),
                 pa.array(answer_tokens, pa.int32()),
+                self._messages(asked, token_ids),
                 pa.array([error and error.code for error in errors], pa.string()),
                 pa.array([error and str(error) for error in errors], pa.string()),
             ],
@@ -105,20 +119,37 @@ class PromptBuilder:
 
     def texts(self, table: pa.Table) -> list[str | RowError]:
         """The text of each row's prompt as the model will see it, or the row's error."""
+        return self._rendered(self._asked(table))
+
+    def _asked(self, table: pa.Table) -> list[Turns | RowError]:
+        """Each row's messages, without a chat template its text, or its error."""
         broken = _broken_rows(table)
         if not broken:
-            return self._texts(table)
+            return self._of_sound(table)
         # Nothing is rendered for rows that could not be read: their values are not the user's.
-        sound = iter(self._texts(table.filter(pc.is_null(_added_column(table, "error_code")))))
+        sound = iter(self._of_sound(table.filter(pc.is_null(_added_column(table, "error_code")))))
         return [broken[place] if place in broken else next(sound) for place in range(table.num_rows)]
 
-    def _texts(self, table: pa.Table) -> list[str | RowError]:
-        outcomes = list(self._conversations(table, chat=self.chat))
-        asked = {place: messages for place, messages in enumerate(outcomes) if isinstance(messages, list)}
-        texts = dict(zip(asked, self._render_chats(list(asked.values())), strict=True))
-        return [
-            texts[place] if isinstance(outcome, list) else outcome for place, outcome in enumerate(outcomes)
-        ]
+    def _of_sound(self, table: pa.Table) -> list[Turns | RowError]:
+        asked = list(self._conversations(table, chat=self.chat))
+        if self._conversation is None:
+            return asked
+        key = self._conversation
+        return [(told_whole(turns, key) or turns) if isinstance(turns, list) else turns for turns in asked]
+
+    def _rendered(self, asked: Sequence[Turns | RowError]) -> list[str | RowError]:
+        chats = {place: messages for place, messages in enumerate(asked) if isinstance(messages, list)}
+        texts = dict(zip(chats, self._render_chats(list(chats.values())), strict=True))
+        return [texts[place] if isinstance(turns, list) else turns for place, turns in enumerate(asked)]
+
+    def _messages(
+        self, asked: Sequence[Turns | RowError], token_ids: Sequence[Sequence[int] | None]
+    ) -> pa.Array:
+        """What each row that has tokens asks, where that becomes a column; else nulls."""
+        if self._conversation is None:
+            return pa.nulls(len(asked), CONVERSATION_TYPE)
+        kept = [None if ids is None else turns for turns, ids in zip(asked, token_ids, strict=True)]
+        return pa.array(kept, CONVERSATION_TYPE)
 
     def _render_chats(self, conversations: list[list[Message]]) -> list[str | RowError]:
         def render(batch: list[Any]) -> list[str]:
@@ -232,15 +263,25 @@ Source = Callable[[pa.Table], Iterable[Turns | RowError]]
 
 
 def _source(settings: PromptSettings, folders: Sequence[str], key: str) -> Source:
+    if settings.messages_column is None:
+        return _user_turns(settings, folders, key)
+    column = settings.messages_column
+
+    def history(table: pa.Table) -> Iterator[list[Message] | RowError]:
+        return (_value_or_error(value, column, _parsed) for value in column_values(table, column))
+
+    if settings.template is None and settings.prompt_column is None:
+        return history
+    turns = _user_turns(settings, folders, key)
+    return lambda table: (
+        continued(messages, turn) for messages, turn in zip(history(table), turns(table), strict=True)
+    )
+
+
+def _user_turns(settings: PromptSettings, folders: Sequence[str], key: str) -> Source:
     if settings.template is not None:
         template = Template(settings.template, f"{key}.template")
         return lambda table: _rendered(template, table)
-    if settings.messages_column is not None:
-        messages_column = settings.messages_column
-        return lambda table: (
-            _value_or_error(value, messages_column, _parsed)
-            for value in column_values(table, messages_column)
-        )
     if settings.prompt_column is not None:
         prompt_column = settings.prompt_column
         return lambda table: (
@@ -303,11 +344,11 @@ def _text(value: Any) -> str:
     return value
 
 
-def _parsed(value: Any) -> Turns:
+def _parsed(value: Any) -> list[Message]:
     if not isinstance(value, str):
         return value  # type: ignore[no-any-return]  # `checked` looks at the shape
     try:
-        messages = json.loads(value)
+        messages: Any = json.loads(value)
     except ValueError as error:
         raise RowError("prompt_error", f"messages are not JSON: {one_line(error)}") from None
     if not isinstance(messages, list):

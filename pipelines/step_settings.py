@@ -22,6 +22,7 @@ import pyarrow as pa
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from pipelines.ask_settings import AskStep, ClassifyStep, EmbedStep, GenerateStep, JudgeStep, ScoreStep
+from pipelines.messages import CONVERSATION_TYPE
 from pipelines.output_schema import arrow_type_of
 from pipelines.prompt_columns import is_list
 from pipelines.settings import Function, Settings, Text
@@ -239,6 +240,8 @@ class StepSettings(Settings):
         added = [(name, arrow_type(kind)) for name, kind in (step.adds if step else {}).items()]
         if self.generate and isinstance(schema := self.generate.sampling.output_schema, dict):
             added.append((f"{self.generate.column}_parsed", arrow_type_of(schema)[0]))
+        if self.generate and self.generate.conversation is not None:
+            added.append((self.generate.conversation, CONVERSATION_TYPE))
         return pa.schema(added)
 
     @model_validator(mode="after")
