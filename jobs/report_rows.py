@@ -163,6 +163,8 @@ def hidden_columns(
     for step in steps:
         if step.explode is not None and step.explode.column.partition(".")[0] in hidden:
             hidden.add(step.explode.into)
+        if step.gather is not None:
+            hidden |= {new for old, new in step.gather.columns.items() if old.partition(".")[0] in hidden}
     return frozenset(hidden)
 
 

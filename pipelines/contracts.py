@@ -293,7 +293,7 @@ def unpack(data: bytes | pa.Buffer) -> pa.Table:
 
 
 #: For each step by name the records `in`, `out`, `dropped` and `failed`; of an `explode` step those `added` as well, of a
-#: step that asks a model its tokens.
+#: `gather` step those `gathered` into others, of a step that asks a model its tokens.
 Counts = dict[str, dict[str, int]]
 
 
@@ -310,7 +310,7 @@ class ShardStats:
     rows_in: int = 0
     """rows_read - rows_filtered."""
     rows_added: int = 0
-    """By which `explode` steps have made the rows more: an element of a list is a row in its row's place."""
+    """By which `explode` steps have made the rows more: an element of a list is a row in its row's place, until a `gather`."""
     rows_ok: int = 0
     rows_failed: int = 0
     rows_dropped: int = 0
@@ -373,7 +373,7 @@ class ShardStats:
             and self.rows == self.rows_ok + self.rows_failed + self.rows_dropped
             and sum(self.error_codes.values()) == self.rows_failed
             and all(
-                n["in"] + n.get("added", 0) == n["out"] + n["dropped"] + n["failed"]
+                n["in"] + n.get("added", 0) == n["out"] + n["dropped"] + n["failed"] + n.get("gathered", 0)
                 for n in self.steps.values()
             )
         )

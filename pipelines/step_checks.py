@@ -77,6 +77,12 @@ def _problems(step: StepSettings, schema: pa.Schema) -> list[str]:
         type_ = nested_type(schema, column)
         wrong = _no_column(column, schema) if type_ is None else f"{column!r} holds {type_} values, not lists"
         problems.append(f"column: {wrong}")
+    if step.gather is not None:
+        problems += [
+            f"columns: {_no_column(column, schema)}"
+            for column in step.gather.columns
+            if nested_type(schema, column) is None
+        ]
     if step.dedup is not None:
         for column in step.dedup.columns:
             if step.dedup.method == "minhash":

@@ -6,6 +6,7 @@ steps:
   - filter:   {where: "correct and score >= 3"}
   - select:   {by: score, keep: 1}
   - explode:  {column: questions, into: question}
+  - gather:   {columns: {question: questions}}
   - generate: {column: summary, prompt: {template: "Shorten: {{ generated_text }}"}}
   - judge:    {column: rating, rubric: "Is the summary true?", columns: [generated_text, summary]}
   - embed:    {column: vector, prompt: {prompt_column: summary}}
@@ -61,12 +62,21 @@ def element_type(schema: pa.Schema, column: str) -> pa.DataType | None:
     return type_.value_type if type_ is not None and is_list(type_) else None
 
 
+def _plain(type_: pa.DataType | None) -> pa.DataType:
+    """The type of a dictionary's values, which Parquet has no lists of; null for no type."""
+    if type_ is None:
+        return pa.null()
+    return type_.value_type if pa.types.is_dictionary(type_) else type_
+
+
 def _typed(columns: dict[str, str]) -> dict[str, str]:
     for name in columns.values():
         arrow_type(name)
     return columns
 
 
+#: What a step may call a column that it adds.
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 #: Column → type name.
 Columns = Annotated[dict[Text, Text], Field(min_length=1), AfterValidator(_typed)]
 
@@ -148,11 +158,27 @@ class ExplodeStep(Settings):
 
     column: Text
     """A column of lists, or a field of a struct that holds them: `parsed.questions`."""
-    into: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+    into: _Name
     """The new column in which each record has its element. All other columns stay as they are, and the `row_id` gets
     the element's place in the list behind it, from 0: `…#7/0`."""
     on_empty: Literal["drop", "null"] = "drop"
     """A list without elements, or null instead of a list: the record is dropped, or becomes one whose element is null."""
+
+
+class GatherStep(Settings):
+    """Make one record of all good records of each row of the input: of its samples, or its elements after an `explode`."""
+
+    columns: Annotated[dict[Text, _Name], Field(min_length=1)]
+    """A column, or a field of a struct (`pair.question`) → the new column in which its values are a list, in the order of
+    the records. All other columns are those of the first of them, but for the `row_id`: that of the row of the input."""
+
+    @field_validator("columns")
+    @classmethod
+    def _distinct(cls, columns: dict[str, str]) -> dict[str, str]:
+        twice = sorted({name for name in columns.values() if list(columns.values()).count(name) > 1})
+        if twice:
+            raise ValueError(f"two columns would both become {twice[0]!r}; give each list a name of its own")
+        return columns
 
 
 class DedupStep(Settings):
@@ -186,12 +212,12 @@ class DedupStep(Settings):
 
 #: The kinds of steps that ask a model.
 ASKING = ("generate", "judge", "embed", "classify", "score")
-_KINDS = ("parse", "map", "filter", "select", "explode", *ASKING, "dedup")
+_KINDS = ("parse", "map", "filter", "select", "explode", "gather", *ASKING, "dedup")
 
 
 class StepSettings(Settings):
-    """One step: exactly one of `parse`, `map`, `filter`, `select`, `explode`, `generate`, `judge`, `embed`, `classify`,
-    `score`, `dedup`."""
+    """One step: exactly one of `parse`, `map`, `filter`, `select`, `explode`, `gather`, `generate`, `judge`, `embed`,
+    `classify`, `score`, `dedup`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")] | None = None
     """Stands in the statistics; default: what the step does, with a number where there are several of the kind."""
@@ -205,6 +231,8 @@ class StepSettings(Settings):
     """Keep the best records of each row of the input."""
     explode: ExplodeStep | None = None
     """Make a list's elements records of their own."""
+    gather: GatherStep | None = None
+    """Make one record of all good records of each row of the input."""
     generate: GenerateStep | None = None
     """Ask a model about each record."""
     judge: JudgeStep | None = None
@@ -236,6 +264,9 @@ class StepSettings(Settings):
         """The columns that the step adds to records of this schema, all nullable."""
         if self.explode is not None:
             return pa.schema([(self.explode.into, element_type(schema, self.explode.column) or pa.null())])
+        if self.gather is not None:
+            types = {name: nested_type(schema, column) for column, name in self.gather.columns.items()}
+            return pa.schema([(name, pa.list_(_plain(type_))) for name, type_ in types.items()])
         step = self.parse or self.map or self.asks
         added = [(name, arrow_type(kind)) for name, kind in (step.adds if step else {}).items()]
         if self.generate and isinstance(schema := self.generate.sampling.output_schema, dict):
