@@ -1,37 +1,25 @@
-"""Rows to prompts: render or collect the turns, apply the model's chat template, tokenise.
+"""Rows to prompts: what each row asks (`pipelines.conversations`), the model's chat template applied, tokenised.
 
-    columns ─► turns (template | prompt_column | function, messages_column before them) ─► prompt text ─► token ids
+    columns ─► messages, or a text ─► prompt text ─► token ids
 
 Where an answer is given (`score` steps), its token ids follow the prompt's. Each step can fail for one row without touching its neighbours; the error travels in the row's place.
 """
 
 from __future__ import annotations
 
-import inspect
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.code import load_function
 from pipelines.contracts import PROMPT_SCHEMA
+from pipelines.conversations import Conversations, texts_of
 from pipelines.errors import ROW_ERROR_CODES, RowError, SpecError
-from pipelines.messages import (
-    CONVERSATION_TYPE,
-    Message,
-    Turns,
-    checked,
-    continued,
-    conversation,
-    has_system,
-    told_whole,
-)
+from pipelines.messages import CONVERSATION_TYPE, Message, Turns, told_whole
 from pipelines.row_limits import row_limits
 from pipelines.settings import PromptSettings, SamplingSettings
-from pipelines.template import Template, null, one_line
-from pipelines.values import column_values, first_error, records
+from pipelines.template import one_line
 
 #: Columns that reading adds; the last ones of these names, should the input have such columns itself.
 _ADDED = ("row_id", "error_code", "error_message")
@@ -170,9 +158,7 @@ class PromptBuilder:
         if self._answer is None:
             return [None] * len(outcomes)
         column = self._answer
-        answers: list[str | RowError] = [
-            _value_or_error(value, column, _text) for value in column_values(table, column)
-        ]
+        answers: list[str | RowError] = list(texts_of(table, column))
         answer_ids = self._tokenise(answers, "answer", special=False)
         counts: list[int | None] = [None] * len(outcomes)
         for row, (prompt, answer) in enumerate(zip(token_ids, answer_ids, strict=True)):
@@ -224,138 +210,6 @@ def no_prompts(table: pa.Table) -> pa.Table:
     return pa.table(columns, schema=PROMPT_SCHEMA)
 
 
-class Conversations:
-    """What a job's prompt asks of each row, before any model's chat template. `folders` as for `PromptBuilder`.
-
-    Raises SpecError on construction: template syntax, a function that cannot be imported.
-    """
-
-    def __init__(self, settings: PromptSettings, folders: Sequence[str] = (), key: str = "prompt") -> None:
-        self._system = None if settings.system is None else Template(settings.system, f"{key}.system")
-        self._source = _source(settings, folders, key)
-
-    def __call__(self, table: pa.Table, *, chat: bool = True) -> Iterator[str | list[Message] | RowError]:
-        """For each row its messages in OpenAI's shape, or its error; with `chat` False its text."""
-        for turns, system in zip(self._source(table), self._systems(table), strict=True):
-            outcome = checked(turns)
-            if isinstance(outcome, RowError) or (isinstance(outcome, str) and not chat):
-                yield outcome
-            elif not chat:
-                yield RowError("prompt_error", _NO_CHAT)
-            elif isinstance(system, RowError) and not has_system(outcome):
-                yield system
-            else:
-                yield conversation(outcome, system)
-
-    def _systems(self, table: pa.Table) -> Iterator[str | RowError | None]:
-        if self._system is None:
-            return iter([None] * table.num_rows)
-        if not self._system.columns:  # the same for all rows
-            return iter([_attempt(self._system.render)] * table.num_rows)
-        return _rendered(self._system, table)
-
-
-# ── Where the turns come from ────────────────────────────────────────────────────────────────────────────────────
-
-_NO_CHAT = "the prompt function returned messages, but no chat template is applied (prompt.chat, or the model has none)"
-_T = TypeVar("_T")
-Source = Callable[[pa.Table], Iterable[Turns | RowError]]
-
-
-def _source(settings: PromptSettings, folders: Sequence[str], key: str) -> Source:
-    if settings.messages_column is None:
-        return _user_turns(settings, folders, key)
-    column = settings.messages_column
-
-    def history(table: pa.Table) -> Iterator[list[Message] | RowError]:
-        return (_value_or_error(value, column, _parsed) for value in column_values(table, column))
-
-    if settings.template is None and settings.prompt_column is None:
-        return history
-    turns = _user_turns(settings, folders, key)
-    return lambda table: (
-        continued(messages, turn) for messages, turn in zip(history(table), turns(table), strict=True)
-    )
-
-
-def _user_turns(settings: PromptSettings, folders: Sequence[str], key: str) -> Source:
-    if settings.template is not None:
-        template = Template(settings.template, f"{key}.template")
-        return lambda table: _rendered(template, table)
-    if settings.prompt_column is not None:
-        prompt_column = settings.prompt_column
-        return lambda table: (
-            _value_or_error(value, prompt_column, _text) for value in column_values(table, prompt_column)
-        )
-    assert settings.function is not None  # PromptSettings has exactly one source
-    function = load_function(settings.function, folders, f"{key}.function")
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-        raise SpecError(
-            f"{key}.function: {settings.function} must be a plain function, not async or a generator"
-        )
-    return lambda table: _called(function, table)
-
-
-def _rendered(template: Template, table: pa.Table) -> Iterator[str | RowError]:
-    names = [name for name in table.column_names if name in template.columns]
-    names = list(dict.fromkeys(names))
-    nulls = {name: null(name) for name in names}
-    columns = [column_values(table, name, nulls[name]) for name in names]
-    rows: Iterable[tuple[Any, ...]] = zip(*columns, strict=True) if columns else [()] * table.num_rows
-    render = template.render
-    for values in rows:
-        try:
-            yield first_error(values) or render(dict(zip(names, values)))  # noqa: B905 -- equal by construction
-        except RowError as error:
-            yield error
-
-
-def _called(function: Callable[..., Any], table: pa.Table) -> Iterator[Turns | RowError]:
-    names = [
-        name for name in dict.fromkeys(table.column_names) if name not in ("error_code", "error_message")
-    ]
-    for record in records(table, names):
-        if isinstance(record, RowError):
-            yield record
-            continue
-        try:
-            yield function(record)
-        except RowError as error:
-            known = error.code in ROW_ERROR_CODES
-            yield error if known else RowError("prompt_error", f"{error.code}: {one_line(error)}")
-        except (Exception, SystemExit) as error:  # noqa: BLE001 -- whatever user code raises is its row's error
-            yield RowError("prompt_error", f"prompt.function: {one_line(error)}")
-
-
-def _value_or_error(value: Any, column: str, convert: Callable[[Any], _T]) -> _T | RowError:
-    if isinstance(value, RowError):
-        return value
-    if value is None:
-        return RowError("missing_value", f"column {column!r} is null")
-    try:
-        return convert(value)
-    except RowError as error:
-        return error
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise RowError("prompt_error", f"expected text, found {type(value).__name__}")
-    return value
-
-
-def _parsed(value: Any) -> list[Message]:
-    if not isinstance(value, str):
-        return value  # type: ignore[no-any-return]  # `checked` looks at the shape
-    try:
-        messages: Any = json.loads(value)
-    except ValueError as error:
-        raise RowError("prompt_error", f"messages are not JSON: {one_line(error)}") from None
-    if not isinstance(messages, list):
-        raise RowError("prompt_error", f"messages must be a list, found {type(messages).__name__}")
-    return messages
-
-
 # ── Columns ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -375,13 +229,6 @@ def _broken_rows(table: pa.Table) -> dict[int, RowError]:
 
 def _added_column(table: pa.Table, name: str) -> pa.ChunkedArray:
     return table.column(table.schema.get_all_field_indices(name)[-1])
-
-
-def _attempt(render: Callable[[dict[str, Any]], str]) -> str | RowError:
-    try:
-        return render({})
-    except RowError as error:
-        return error
 
 
 def _batch_or_singly(call: Callable[[list[Any]], list[Any]], items: list[Any], what: str) -> list[Any]:
