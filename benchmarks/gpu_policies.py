@@ -55,10 +55,10 @@ def work_with(model: ModelSettings, admission: dict[str, Any], longest: int) -> 
 def shard(vocabulary: int, prompt_tokens: int, answers: tuple[int, int], dice: random.Random) -> Parcel:
     ids = [[dice.randrange(10, vocabulary) for _ in range(prompt_tokens)] for _ in range(ROWS)]
     limits = [dice.randint(*answers) for _ in range(ROWS)]
-    columns = [[str(i) for i in range(ROWS)], ids, limits, [None] * ROWS, [None] * ROWS]
+    prompts = [{"row_id": str(i), "token_ids": ids[i], "max_tokens": limits[i]} for i in range(ROWS)]
     return Parcel(
         shard=Shard(ordinal=0, id="0" * 16, spans=(), rows=ROWS, bytes=0),
-        prompts=pa.table(columns, schema=PROMPT_SCHEMA),
+        prompts=pa.Table.from_pylist(prompts, PROMPT_SCHEMA),
     )
 
 

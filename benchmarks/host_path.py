@@ -83,10 +83,10 @@ def main() -> None:
     options = parser.parse_args()
     rows, dice = options.rows, np.random.default_rng(0)
     ids = dice.integers(1_000, 150_000, (rows, options.prompt_tokens)).tolist()
-    columns = [[str(i) for i in range(rows)], ids, *[[None] * rows] * 3]
+    prompts = [{"row_id": str(i), "token_ids": ids[i]} for i in range(rows)]
     parcel = Parcel(
         shard=Shard(ordinal=0, id="0" * 16, spans=(), rows=rows, bytes=0),
-        prompts=pa.table(columns, schema=PROMPT_SCHEMA),
+        prompts=pa.Table.from_pylist(prompts, PROMPT_SCHEMA),
     )
     answer = dice.integers(1_000, 150_000, options.answer_tokens).tolist()
     seconds = min(asyncio.run(once(parcel, answer)) for _ in range(3))

@@ -77,12 +77,17 @@ def _expected_schema(plan: Plan, identity: dict[str, Any]) -> pa.Schema | None:
     prefix = "output.rename."
     rename = {key.removeprefix(prefix): value for key, value in identity.items() if key.startswith(prefix)}
     columns, logprobs = identity["output.columns"], identity.get("sampling.logprobs")
-    if any(isinstance(value, dict) for value in (columns, logprobs, *rename.values())):
+    conversation = identity.get("output.conversation")
+    if any(isinstance(value, dict) for value in (columns, logprobs, conversation, *rename.values())):
         return None
     answers = result_schema(
         plan.input_schema,
         OutputSettings(
-            path="-", columns=columns, rename=rename, provenance=identity.get("output.provenance")
+            path="-",
+            columns=columns,
+            rename=rename,
+            provenance=identity.get("output.provenance"),
+            conversation=conversation,
         ),
         SamplingSettings(logprobs=logprobs, output_schema=output_schema_of(identity)),
         prompted=any(key.startswith("prompt.") for key in identity),

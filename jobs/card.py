@@ -86,6 +86,7 @@ def _card(
     whole = books.parts[0].schema if books.parts else schema
     raw, steps = record["spec"], steps_of(record["identity"])
     added = {name for step in steps for name in step.adds(whole).names}
+    own = [*_OWN, record["identity"].get("output.conversation")]
     front = {
         "configs": configs,
         "size_categories": [_size(sum(splits.values()) or report.stats.samples)],
@@ -119,7 +120,7 @@ def _card(
             *_table(
                 "column",
                 "type",
-                ((f"`{field.name}`{_whence(field.name, added)}", str(field.type)) for field in schema),
+                ((f"`{field.name}`{_whence(field.name, own, added)}", str(field.type)) for field in schema),
             ),
             "\n## How it was made\n",
             *_table("", "", origin.items()),
@@ -155,8 +156,8 @@ def _examples(storage: Storage, books: Books, raw: Mapping[str, Any], names: Seq
     return []
 
 
-def _whence(name: str, added: set[str]) -> str:
-    return " (Dray)" if name in _OWN else " (a step)" if name in added else ""
+def _whence(name: str, own: list[Any], added: set[str]) -> str:
+    return " (Dray)" if name in own else " (a step)" if name in added else ""
 
 
 def _licence(source: Any) -> str:

@@ -204,7 +204,8 @@ def openai(as_json: bool, **options: Any) -> None:
             raise SpecError(
                 "prompt: the job has none, so there is no chat to write; `dray export jsonl` writes its columns"
             )
-        for name, step in spec.named_steps.items():
+        lists = [(name, step) for name, step in spec.named_steps.items() if step.explode or step.gather]
+        for name, step in lists[-1:]:
             if step.explode is not None:
                 raise SpecError(
                     f"steps.{name}: the elements of a list share the job's own prompt and answer, which would be "

@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.conversations import Conversations
 from pipelines.errors import RowError, SpecError
-from pipelines.prompt import Conversations
 from pipelines.settings import PromptSettings
 
 #: Rows of a row group in a Parquet file.

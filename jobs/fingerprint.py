@@ -32,7 +32,7 @@ _COUNTED: dict[str, frozenset[str] | None] = {
     "prompt": None,
     "model": frozenset({"source", "revision", "tokenizer", "backend", "engine", "lora"}),
     "sampling": None,
-    "output": frozenset({"columns", "rename", "failed_rows", "provenance"}),
+    "output": frozenset({"columns", "rename", "failed_rows", "provenance", "conversation"}),
 }
 
 _SMALL_FILES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".vocab"})

@@ -80,7 +80,8 @@ def claim(storage: Storage, job: LoadedJob, fingerprint: str, identity: Mapping[
         "variables": job.variables if references_in(job.raw["output"]["path"], "run") else None,
     }
     check_claim(storage, fingerprint, identity)
-    storage.create(SPEC, json.dumps(record, indent=1, sort_keys=True).encode())
+    # In the order of the job file: that of the keys of `parse.json`, `map.adds` and others is that of the columns.
+    storage.create(SPEC, json.dumps(record, indent=1).encode())
 
 
 def write_stats(storage: Storage, books: Books) -> None:

@@ -166,8 +166,9 @@ def figures(report: Report) -> dict[str, str]:
 
 def step_counts(counts: dict[str, int]) -> str:
     """`1,200 records: 1,150 out, 48 dropped, 2 failed`; without what is 0. An explode's with the records that it has added,
-    a generation's with its tokens."""
-    ends = [f"{counts[end]:,} {end}" for end in ("out", "dropped", "failed") if counts[end] or end == "out"]
+    a gather's with those that are in others' lists now, a generation's with its tokens."""
+    every = ("out", "dropped", "failed", "gathered")
+    ends = [f"{counts[end]:,} {end}" for end in every if counts.get(end) or end == "out"]
     words = {"completion_tokens": "output tokens", "prompt_tokens": "prompt tokens"}
     tokens = next((f"; {counts[name]:,} {what}" for name, what in words.items() if counts.get(name)), "")
     added = f" + {counts['added']:,} added" if counts.get("added") else ""

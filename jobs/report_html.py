@@ -88,7 +88,12 @@ def facts_of(storage: Storage, spec: JobSpec | None = None) -> Facts:
         figures=figures(report, cost),
         lengths=lengths(storage, books.parts),
         examples=examples(
-            storage, books.parts, hidden_columns(hide, rename, steps_of(record["identity"])), codes
+            storage,
+            books.parts,
+            hidden_columns(
+                hide, rename, steps_of(record["identity"]), record["identity"].get("output.conversation")
+            ),
+            codes,
         ),
         hidden=hide,
     )

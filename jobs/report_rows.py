@@ -149,15 +149,24 @@ def _count(counted: Counter[int], values: pa.ChunkedArray) -> None:
 
 
 def hidden_columns(
-    redact: Sequence[str], rename: Mapping[str, str], steps: Sequence[StepSettings]
+    redact: Sequence[str],
+    rename: Mapping[str, str],
+    steps: Sequence[StepSettings],
+    conversation: str | None = None,
 ) -> frozenset[str]:
-    """Input columns by their names in the output, a renamed one by both; and the elements of their lists."""
+    """Input columns by their names in the output, a renamed one by both; the elements of their lists; and where anything is
+    hidden the conversations (`conversation`: the job's own), which quote what was asked."""
     hidden = {*redact, *(rename.get(name, name) for name in redact)}
+    if hidden:
+        told = [conversation, *(step.generate.conversation for step in steps if step.generate)]
+        hidden |= {name for name in told if name is not None}
     for step in steps:
         if step.explode is not None:
             sources = step.explode.columns or (step.explode.column or "",)
             if any(column.partition(".")[0] in hidden for column in sources):
                 hidden.add(step.explode.into)
+        if step.gather is not None:
+            hidden |= {new for old, new in step.gather.columns.items() if old.partition(".")[0] in hidden}
     return frozenset(hidden)
 
 

@@ -237,7 +237,7 @@ def _check_settings(job: LoadedJob, record: dict[str, Any], identity: dict[str, 
     if had != has:
         frozen["sampling.logprobs"] = (before.get("sampling.logprobs"), identity.get("sampling.logprobs"))
     frozen["steps.dedup"] = (_dedup_of(before), _dedup_of(identity))
-    frozen["steps.explode"] = (_lists_of(before), _lists_of(identity))
+    frozen["steps.explode, steps.gather"] = (_lists_of(before), _lists_of(identity))
     spec, prompted = job.spec, job.spec.prompt is not None
     answers = result_schema(plan.input_schema, spec.output, spec.sampling, prompted=prompted)
     frozen["columns of steps"] = (_step_columns(before, answers), _step_columns(identity, answers))
@@ -264,7 +264,8 @@ def _dedup_of(identity: dict[str, Any]) -> dict[str, Any] | None:
 
 def _lists_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
     """Which rows there are."""
-    return [step.explode.model_dump(mode="json") for step in steps_of(identity) if step.explode is not None]
+    steps = (step.explode or step.gather for step in steps_of(identity))
+    return [{type(step).__name__: step.model_dump(mode="json")} for step in steps if step is not None]
 
 
 def _step_columns(identity: dict[str, Any], answers: pa.Schema) -> list[str]:

@@ -300,9 +300,15 @@ _OF_ANSWERS = ("n", "logprobs", "max_tokens_column", "output_schema", "structure
 
 
 def _prompt_problems(spec: JobSpec) -> list[str]:
-    """What a job without a prompt cannot do without, and what it cannot have."""
+    """What a job without a prompt cannot do without, and what it cannot have; and a conversation that is none."""
+    name = spec.output.conversation
     if spec.prompt is not None:
-        return []
+        problems = []
+        if name is not None and spec.prompt.chat is False:
+            problems.append("output.conversation: needs the chat template; remove `prompt.chat: false`")
+        if name is not None and spec.result_columns.count(name) > 1:
+            problems.append(f"output.conversation: {name!r} is a result column already; choose another name")
+        return problems
     if not spec.asking_steps:
         return [
             "prompt: missing; say how a row becomes a prompt, or give steps of which one asks a model "
@@ -316,6 +322,11 @@ def _prompt_problems(spec: JobSpec) -> list[str]:
     ]
     if spec.output.provenance:
         problems.append("output.provenance: it is the job's own prompt's, and the job has none")
+    if name is not None:
+        problems.append(
+            "output.conversation: it is the job's own prompt's, and the job has none; a generate step has a "
+            "`conversation` of its own"
+        )
     return problems
 
 

@@ -73,6 +73,7 @@ def prompts_of(generation: Generation) -> PromptBuilder:
         work.sampling,
         key=f"steps.{generation.name}.prompt" if step else "prompt",
         answer=step.answer if isinstance(step, ScoreStep) else None,
+        conversation=generation.conversation_key,
     )
 
 

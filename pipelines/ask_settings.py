@@ -77,6 +77,9 @@ class GenerateStep(AskStep):
     """As the job's own, over all columns that are there by now."""
     sampling: SamplingSettings = SamplingSettings()
     """As the job's own, whose values it does not take over; one answer for each record."""
+    conversation: Column | None = None
+    """A column more: the messages that were asked, and the answer as the assistant's; what `messages_column` of a later
+    prompt goes on with."""
 
     @property
     def asked_prompt(self) -> PromptSettings:
@@ -105,6 +108,13 @@ class GenerateStep(AskStep):
         for key in ("logprobs", "max_tokens_column"):
             if getattr(self.sampling, key) is not None:
                 raise ValueError(f"sampling.{key}: only for the job's own prompt")
+        if self.conversation is not None:
+            if self.prompt.chat is False:
+                raise ValueError("conversation: needs the chat template; remove `prompt.chat: false`")
+            if self.conversation in (*self.adds, f"{self.column}_parsed"):
+                raise ValueError(
+                    f"conversation: {self.conversation!r} is the name of another of the step's columns; choose another"
+                )
         return self
 
 

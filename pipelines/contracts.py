@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipelines.histogram import Histogram
+from pipelines.messages import CONVERSATION_TYPE
 from pipelines.output_schema import arrow_type_of
 from pipelines.settings import (
     ErrorSettings,
@@ -185,6 +186,7 @@ PROMPT_SCHEMA = pa.schema(
         pa.field(
             "answer_tokens", pa.int32()
         ),  # of a `score` step: the last so many of `token_ids` are the answer's
+        pa.field("messages", CONVERSATION_TYPE),  # what is asked, where the conversation becomes a column
         *ERROR_FIELDS,
     ]
 )
@@ -267,6 +269,8 @@ def extra_fields(output: OutputSettings, sampling: SamplingSettings) -> list[pa.
     fields += [LOGPROBS_FIELD] if sampling.logprobs is not None else []
     if isinstance(sampling.output_schema, dict):
         fields.append(pa.field("parsed", arrow_type_of(sampling.output_schema)[0]))
+    if output.conversation is not None:
+        fields.append(pa.field(output.conversation, CONVERSATION_TYPE))
     return fields
 
 
@@ -289,7 +293,7 @@ def unpack(data: bytes | pa.Buffer) -> pa.Table:
 
 
 #: For each step by name the records `in`, `out`, `dropped` and `failed`; of an `explode` step those `added` as well, of a
-#: step that asks a model its tokens.
+#: `gather` step those `gathered` into others, of a step that asks a model its tokens.
 Counts = dict[str, dict[str, int]]
 
 
@@ -306,7 +310,7 @@ class ShardStats:
     rows_in: int = 0
     """rows_read - rows_filtered."""
     rows_added: int = 0
-    """By which `explode` steps have made the rows more: an element of a list is a row in its row's place."""
+    """By which `explode` steps have made the rows more: an element of a list is a row in its row's place, until a `gather`."""
     rows_ok: int = 0
     rows_failed: int = 0
     rows_dropped: int = 0
@@ -369,7 +373,7 @@ class ShardStats:
             and self.rows == self.rows_ok + self.rows_failed + self.rows_dropped
             and sum(self.error_codes.values()) == self.rows_failed
             and all(
-                n["in"] + n.get("added", 0) == n["out"] + n["dropped"] + n["failed"]
+                n["in"] + n.get("added", 0) == n["out"] + n["dropped"] + n["failed"] + n.get("gathered", 0)
                 for n in self.steps.values()
             )
         )

@@ -65,10 +65,8 @@ def _spent(records: pa.Table) -> dict[str, Any]:
 
 
 def distinct_answers(records: pa.Table) -> pa.Table:
-    """One record of each answer, which the elements of a list have in common."""
+    """One record of each answer, which the elements of a list have in common, also when they are gathered again."""
     rows = input_rows(records["row_id"])
-    if rows.equals(records["row_id"]):
-        return records
     keys = pa.table({"row": rows, "sample": records["sample_index"], "place": np.arange(len(records))})
     return records.take(keys.group_by(["row", "sample"]).aggregate([("place", "min")])["place_min"].sort())
 

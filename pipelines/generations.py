@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipelines.ask_settings import AskStep
+from pipelines.ask_settings import AskStep, GenerateStep
 from pipelines.contracts import Work
 from pipelines.engine import Engine, open_engine
 from pipelines.settings import ModelSettings, PoolSettings
@@ -46,6 +46,19 @@ class Generation:
     def writes(self) -> bool:
         """Whether texts come of it."""
         return self.asks and self.work.task.name == "generate"
+
+    @property
+    def conversation(self) -> str | None:
+        """The column of what was asked and answered; None where the job does not want one."""
+        if self.step is None:
+            return self.work.output.conversation
+        return self.step.conversation if isinstance(self.step, GenerateStep) else None
+
+    @property
+    def conversation_key(self) -> str | None:
+        """The key of the job file that asks for `conversation`."""
+        where = "output" if self.step is None else f"steps.{self.name}"
+        return None if self.conversation is None else f"{where}.conversation"
 
 
 def generations_of(work: Work) -> tuple[Generation, ...]:

@@ -1,15 +1,21 @@
-"""What a row asks, in OpenAI's shape: one user turn, or a list of messages with role and content."""
+"""What a row asks, in OpenAI's shape: one user turn, or a list of messages with role and content; and the conversation
+that it becomes with the answer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from pipelines.errors import RowError
 
 Message = dict[str, Any]
 Turns = str | list[Message]
 """The user turn alone, or a whole conversation."""
+#: A conversation as a column.
+CONVERSATION_TYPE = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 def checked(turns: Any) -> Turns | RowError:
@@ -79,3 +85,55 @@ def conversation(turns: Turns, system: Any) -> list[Message]:
     if system is None or has_system(messages):  # a row's own system turn wins
         return messages
     return [{"role": "system", "content": system}, *messages]
+
+
+def continued(messages: list[Message] | RowError, text: Turns | RowError) -> Turns | RowError:
+    """The messages and one more user turn; the error of either, or of a turn that is blank."""
+    if isinstance(messages, RowError):
+        return messages
+    turn = checked(text)
+    return turn if isinstance(turn, RowError) else [*messages, {"role": "user", "content": turn}]
+
+
+def told_whole(messages: list[Message], key: str) -> RowError | None:
+    """Why a column of `CONVERSATION_TYPE` cannot hold the messages, which `checked` has made; `key` is where the job file
+    asks for it.
+
+    What it cannot hold is not left out: a later turn would be asked after another conversation than this one.
+    """
+    for number, message in enumerate(messages, 1):
+        try:
+            "".join(map(str, message.values())).encode()
+        except UnicodeEncodeError:  # which a chat template need not show
+            return RowError("invalid_utf8", f"message {number}: its text is not UTF-8")
+        if more := sorted(map(str, message.keys() - {"role", "content"})):
+            return RowError(
+                "prompt_error",
+                f"message {number}: has {', '.join(more)}, and the column of {key} holds role and content only; "
+                f"leave {key} out, or the fields",
+            )
+    return None
+
+
+def conversations(asked: pa.ChunkedArray, answers: pa.ChunkedArray) -> pa.Array:
+    """For each record the messages that were asked, of `CONVERSATION_TYPE`, and the answer as the assistant's; null where
+    one of them is."""
+    asked = asked.combine_chunks()
+    answers = answers.combine_chunks().cast(pa.string())
+    whole = asked.is_valid().to_numpy(zero_copy_only=False) & answers.is_valid().to_numpy(
+        zero_copy_only=False
+    )
+    there = pa.array(whole)
+    asked, said = asked.filter(there), answers.filter(there)
+    messages = asked.flatten()
+    roles = pa.repeat(pa.scalar("assistant", pa.string()), len(said))
+    every = pa.concat_arrays([messages, pa.StructArray.from_arrays([roles, said], fields=[*messages.type])])
+    # Each answer goes where its messages end.
+    lengths = asked.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    places = np.insert(np.arange(len(messages)), np.cumsum(lengths), len(messages) + np.arange(len(said)))
+    counts = np.zeros(len(whole), np.int64)
+    counts[whole] = lengths + 1
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+    return pa.ListArray.from_arrays(
+        offsets, every.take(pa.array(places)), type=CONVERSATION_TYPE, mask=pa.array(~whole)
+    )

@@ -1,28 +1,25 @@
-"""Rows to prompts: render or collect the turns, apply the model's chat template, tokenise.
+"""Rows to prompts: what each row asks (`pipelines.conversations`), the model's chat template applied, tokenised.
 
-    columns ─► turns (template | messages_column | prompt_column | function) ─► prompt text ─► token ids
+    columns ─► messages, or a text ─► prompt text ─► token ids
 
 Where an answer is given (`score` steps), its token ids follow the prompt's. Each step can fail for one row without touching its neighbours; the error travels in the row's place.
 """
 
 from __future__ import annotations
 
-import inspect
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.code import load_function
 from pipelines.contracts import PROMPT_SCHEMA
+from pipelines.conversations import Conversations, texts_of
 from pipelines.errors import ROW_ERROR_CODES, RowError, SpecError
-from pipelines.messages import Message, Turns, checked, conversation, has_system
+from pipelines.messages import CONVERSATION_TYPE, Message, Turns, told_whole
 from pipelines.row_limits import row_limits
 from pipelines.settings import PromptSettings, SamplingSettings
-from pipelines.template import Template, null, one_line
-from pipelines.values import column_values, first_error, records
+from pipelines.template import one_line
 
 #: Columns that reading adds; the last ones of these names, should the input have such columns itself.
 _ADDED = ("row_id", "error_code", "error_message")
@@ -41,7 +38,7 @@ class Tokenizer(Protocol):
 class PromptBuilder:
     """Builds the prompts of any number of tables. `folders` are the user's own, for `prompt.function`;
     `sampling` says where a row's own `max_tokens` stands, `key` where the settings stand in the job file, `answer` in which
-    column the text is that follows the prompt.
+    column the text is that follows the prompt, `conversation` which key of the job file wants the messages as a column.
 
     Raises SpecError on construction: template syntax, a function that cannot be imported, a chat without a chat
     template.
@@ -55,9 +52,11 @@ class PromptBuilder:
         sampling: SamplingSettings | None = None,
         key: str = "prompt",
         answer: str | None = None,
+        conversation: str | None = None,
     ) -> None:
         self.settings = settings
         self._answer = answer
+        self._conversation = conversation
         self._sampling = sampling or SamplingSettings()
         self.tokenizer = tokenizer
         has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -65,14 +64,15 @@ class PromptBuilder:
         """Whether the model's chat template is applied."""
         if not has_template:
             needs = {
-                "system": settings.system,
-                "messages_column": settings.messages_column,
-                "chat": settings.chat,
+                f"{key}.system": settings.system,
+                f"{key}.messages_column": settings.messages_column,
+                f"{key}.chat": settings.chat,
+                conversation or "": conversation,
             }
             for name, value in needs.items():
                 if value:
                     raise SpecError(
-                        f"{key}.{name}: the model's tokenizer has no chat template; "
+                        f"{name}: the model's tokenizer has no chat template; "
                         f"choose an instruction-tuned model, or leave the key out"
                     )
         self._conversations = Conversations(settings, folders, key)
@@ -84,9 +84,10 @@ class PromptBuilder:
         code keep it and get no tokens.
         """
         limits = row_limits(table, self._sampling)
+        asked = self._asked(table)
         outcomes = [
             limit if isinstance(limit, RowError) and isinstance(text, str) else text
-            for text, limit in zip(self.texts(table), limits, strict=True)
+            for text, limit in zip(self._rendered(asked), limits, strict=True)
         ]
         token_ids = self._tokenise(outcomes, "prompt", special=not self.chat)
         answer_tokens = self._append_answers(table, outcomes, token_ids)
@@ -97,6 +98,7 @@ class PromptBuilder:
                 pa.array(token_ids, PROMPT_SCHEMA.field("token_ids").type),
                 pa.array([None if isinstance(x, RowError) else x for x in limits], pa.int32()),
                 pa.array(answer_tokens, pa.int32()),
+                self._messages(asked, token_ids),
                 pa.array([error and error.code for error in errors], pa.string()),
                 pa.array([error and str(error) for error in errors], pa.string()),
             ],
@@ -105,20 +107,37 @@ class PromptBuilder:
 
     def texts(self, table: pa.Table) -> list[str | RowError]:
         """The text of each row's prompt as the model will see it, or the row's error."""
+        return self._rendered(self._asked(table))
+
+    def _asked(self, table: pa.Table) -> list[Turns | RowError]:
+        """Each row's messages, without a chat template its text, or its error."""
         broken = _broken_rows(table)
         if not broken:
-            return self._texts(table)
+            return self._of_sound(table)
         # Nothing is rendered for rows that could not be read: their values are not the user's.
-        sound = iter(self._texts(table.filter(pc.is_null(_added_column(table, "error_code")))))
+        sound = iter(self._of_sound(table.filter(pc.is_null(_added_column(table, "error_code")))))
         return [broken[place] if place in broken else next(sound) for place in range(table.num_rows)]
 
-    def _texts(self, table: pa.Table) -> list[str | RowError]:
-        outcomes = list(self._conversations(table, chat=self.chat))
-        asked = {place: messages for place, messages in enumerate(outcomes) if isinstance(messages, list)}
-        texts = dict(zip(asked, self._render_chats(list(asked.values())), strict=True))
-        return [
-            texts[place] if isinstance(outcome, list) else outcome for place, outcome in enumerate(outcomes)
-        ]
+    def _of_sound(self, table: pa.Table) -> list[Turns | RowError]:
+        asked = list(self._conversations(table, chat=self.chat))
+        if self._conversation is None:
+            return asked
+        key = self._conversation
+        return [(told_whole(turns, key) or turns) if isinstance(turns, list) else turns for turns in asked]
+
+    def _rendered(self, asked: Sequence[Turns | RowError]) -> list[str | RowError]:
+        chats = {place: messages for place, messages in enumerate(asked) if isinstance(messages, list)}
+        texts = dict(zip(chats, self._render_chats(list(chats.values())), strict=True))
+        return [texts[place] if isinstance(turns, list) else turns for place, turns in enumerate(asked)]
+
+    def _messages(
+        self, asked: Sequence[Turns | RowError], token_ids: Sequence[Sequence[int] | None]
+    ) -> pa.Array:
+        """What each row that has tokens asks, where that becomes a column; else nulls."""
+        if self._conversation is None:
+            return pa.nulls(len(asked), CONVERSATION_TYPE)
+        kept = [None if ids is None else turns for turns, ids in zip(asked, token_ids, strict=True)]
+        return pa.array(kept, CONVERSATION_TYPE)
 
     def _render_chats(self, conversations: list[list[Message]]) -> list[str | RowError]:
         def render(batch: list[Any]) -> list[str]:
@@ -139,9 +158,7 @@ class PromptBuilder:
         if self._answer is None:
             return [None] * len(outcomes)
         column = self._answer
-        answers: list[str | RowError] = [
-            _value_or_error(value, column, _text) for value in column_values(table, column)
-        ]
+        answers: list[str | RowError] = list(texts_of(table, column))
         answer_ids = self._tokenise(answers, "answer", special=False)
         counts: list[int | None] = [None] * len(outcomes)
         for row, (prompt, answer) in enumerate(zip(token_ids, answer_ids, strict=True)):
@@ -193,128 +210,6 @@ def no_prompts(table: pa.Table) -> pa.Table:
     return pa.table(columns, schema=PROMPT_SCHEMA)
 
 
-class Conversations:
-    """What a job's prompt asks of each row, before any model's chat template. `folders` as for `PromptBuilder`.
-
-    Raises SpecError on construction: template syntax, a function that cannot be imported.
-    """
-
-    def __init__(self, settings: PromptSettings, folders: Sequence[str] = (), key: str = "prompt") -> None:
-        self._system = None if settings.system is None else Template(settings.system, f"{key}.system")
-        self._source = _source(settings, folders, key)
-
-    def __call__(self, table: pa.Table, *, chat: bool = True) -> Iterator[str | list[Message] | RowError]:
-        """For each row its messages in OpenAI's shape, or its error; with `chat` False its text."""
-        for turns, system in zip(self._source(table), self._systems(table), strict=True):
-            outcome = checked(turns)
-            if isinstance(outcome, RowError) or (isinstance(outcome, str) and not chat):
-                yield outcome
-            elif not chat:
-                yield RowError("prompt_error", _NO_CHAT)
-            elif isinstance(system, RowError) and not has_system(outcome):
-                yield system
-            else:
-                yield conversation(outcome, system)
-
-    def _systems(self, table: pa.Table) -> Iterator[str | RowError | None]:
-        if self._system is None:
-            return iter([None] * table.num_rows)
-        if not self._system.columns:  # the same for all rows
-            return iter([_attempt(self._system.render)] * table.num_rows)
-        return _rendered(self._system, table)
-
-
-# ── Where the turns come from ────────────────────────────────────────────────────────────────────────────────────
-
-_NO_CHAT = "the prompt function returned messages, but no chat template is applied (prompt.chat, or the model has none)"
-_T = TypeVar("_T")
-Source = Callable[[pa.Table], Iterable[Turns | RowError]]
-
-
-def _source(settings: PromptSettings, folders: Sequence[str], key: str) -> Source:
-    if settings.template is not None:
-        template = Template(settings.template, f"{key}.template")
-        return lambda table: _rendered(template, table)
-    if settings.messages_column is not None:
-        messages_column = settings.messages_column
-        return lambda table: (
-            _value_or_error(value, messages_column, _parsed)
-            for value in column_values(table, messages_column)
-        )
-    if settings.prompt_column is not None:
-        prompt_column = settings.prompt_column
-        return lambda table: (
-            _value_or_error(value, prompt_column, _text) for value in column_values(table, prompt_column)
-        )
-    assert settings.function is not None  # PromptSettings has exactly one source
-    function = load_function(settings.function, folders, f"{key}.function")
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-        raise SpecError(
-            f"{key}.function: {settings.function} must be a plain function, not async or a generator"
-        )
-    return lambda table: _called(function, table)
-
-
-def _rendered(template: Template, table: pa.Table) -> Iterator[str | RowError]:
-    names = [name for name in table.column_names if name in template.columns]
-    names = list(dict.fromkeys(names))
-    nulls = {name: null(name) for name in names}
-    columns = [column_values(table, name, nulls[name]) for name in names]
-    rows: Iterable[tuple[Any, ...]] = zip(*columns, strict=True) if columns else [()] * table.num_rows
-    render = template.render
-    for values in rows:
-        try:
-            yield first_error(values) or render(dict(zip(names, values)))  # noqa: B905 -- equal by construction
-        except RowError as error:
-            yield error
-
-
-def _called(function: Callable[..., Any], table: pa.Table) -> Iterator[Turns | RowError]:
-    names = [
-        name for name in dict.fromkeys(table.column_names) if name not in ("error_code", "error_message")
-    ]
-    for record in records(table, names):
-        if isinstance(record, RowError):
-            yield record
-            continue
-        try:
-            yield function(record)
-        except RowError as error:
-            known = error.code in ROW_ERROR_CODES
-            yield error if known else RowError("prompt_error", f"{error.code}: {one_line(error)}")
-        except (Exception, SystemExit) as error:  # noqa: BLE001 -- whatever user code raises is its row's error
-            yield RowError("prompt_error", f"prompt.function: {one_line(error)}")
-
-
-def _value_or_error(value: Any, column: str, convert: Callable[[Any], _T]) -> _T | RowError:
-    if isinstance(value, RowError):
-        return value
-    if value is None:
-        return RowError("missing_value", f"column {column!r} is null")
-    try:
-        return convert(value)
-    except RowError as error:
-        return error
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise RowError("prompt_error", f"expected text, found {type(value).__name__}")
-    return value
-
-
-def _parsed(value: Any) -> Turns:
-    if not isinstance(value, str):
-        return value  # type: ignore[no-any-return]  # `checked` looks at the shape
-    try:
-        messages = json.loads(value)
-    except ValueError as error:
-        raise RowError("prompt_error", f"messages are not JSON: {one_line(error)}") from None
-    if not isinstance(messages, list):
-        raise RowError("prompt_error", f"messages must be a list, found {type(messages).__name__}")
-    return messages
-
-
 # ── Columns ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -334,13 +229,6 @@ def _broken_rows(table: pa.Table) -> dict[int, RowError]:
 
 def _added_column(table: pa.Table, name: str) -> pa.ChunkedArray:
     return table.column(table.schema.get_all_field_indices(name)[-1])
-
-
-def _attempt(render: Callable[[dict[str, Any]], str]) -> str | RowError:
-    try:
-        return render({})
-    except RowError as error:
-        return error
 
 
 def _batch_or_singly(call: Callable[[list[Any]], list[Any]], items: list[Any], what: str) -> list[Any]:

@@ -41,11 +41,17 @@ def prompt_type_problems(prompt: PromptSettings, schema: pa.Schema, key: str = "
     name = prompt.messages_column
     if name in schema.names:
         type_ = schema.field(name).type
-        if not is_text(type_) and not (is_list(type_) and pa.types.is_struct(type_.value_type)):
+        if not is_text(type_) and not _is_messages(type_):
             problems.append(
                 f"{key}.messages_column: {name!r} holds {type_} values, not a list of role and content or JSON text"
             )
     return problems
+
+
+def _is_messages(type_: pa.DataType) -> bool:
+    if not is_list(type_) or not pa.types.is_struct(type_.value_type):
+        return False
+    return all(type_.value_type.get_field_index(name) >= 0 for name in ("role", "content"))
 
 
 def is_text(type_: pa.DataType) -> bool:

@@ -15,6 +15,7 @@ from pipelines.ask_settings import AskStep
 from pipelines.contracts import Counts, Work, result_schema, unpack
 from pipelines.detokenize import Texts
 from pipelines.generations import Generation
+from pipelines.messages import conversations
 from pipelines.seeds import row_seed
 from pipelines.stage import Parcel
 from pipelines.steps import is_good
@@ -24,11 +25,13 @@ def records_of(parcel: Parcel, generation: Generation, texts: Texts) -> tuple[pa
     """(the shard's records with the answers of this generation; the counts of a step that asks)."""
     if generation.step is None:
         return build_result(parcel, generation.work, texts), {}
-    records, counts = _with_answers(parcel, generation.step, texts)
+    records, counts = _with_answers(parcel, generation.step, texts, generation.conversation)
     return records, {generation.name: counts}
 
 
-def _with_answers(parcel: Parcel, step: AskStep, texts: Texts) -> tuple[pa.Table, dict[str, int]]:
+def _with_answers(
+    parcel: Parcel, step: AskStep, texts: Texts, conversation: str | None
+) -> tuple[pa.Table, dict[str, int]]:
     """The records that the parcel has as rows, and behind their columns a later generation's.
 
     Its prompts are those of the good records, in their order, once for each view of them (`pipelines.judge.views`).
@@ -49,6 +52,9 @@ def _with_answers(parcel: Parcel, step: AskStep, texts: Texts) -> tuple[pa.Table
         records = records.set_column(at, records.schema.field(at), values)
     for suffix, values in answer_columns(step, answers, texts).items():
         records = records.append_column(f"{step.column}{suffix}", values.take(index))
+    if conversation is not None:
+        asked_of = prompts["messages"].take(index)
+        records = records.append_column(conversation, conversations(asked_of, records[step.column]))
     failed = len(asked) - answers.errors["error_code"].null_count
     return records, {
         "in": len(asked),
@@ -99,6 +105,9 @@ def build_result(parcel: Parcel, work: Work, texts: Texts) -> pa.Table:
         columns["logprobs"] = generations["logprobs"]
     if work.sampling.output_schema is not None:
         columns["parsed"] = parsed(columns["generated_text"], work.sampling)
+    if work.output.conversation is not None:
+        asked = prompts["messages"].take(index)
+        columns[work.output.conversation] = conversations(asked, columns["generated_text"])
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 

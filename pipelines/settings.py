@@ -78,12 +78,14 @@ class InputSettings(Settings):
 
 
 class PromptSettings(Settings):
-    """How a row becomes a prompt; exactly one of `template`, `messages_column`, `prompt_column`, `function`."""
+    """How a row becomes a prompt; exactly one of `template`, `messages_column`, `prompt_column`, `function`, or a
+    `messages_column` and the next user turn as a `template` or `prompt_column`."""
 
     template: str | None = None
     """Jinja, sandboxed; renders the user turn. A missing or null column is that row's error."""
     messages_column: str | None = None
-    """A column of OpenAI-shaped messages (a list of structs, or JSON text)."""
+    """A column of OpenAI-shaped messages (a list of structs, or JSON text). With `template` or `prompt_column` these make
+    one more user turn behind them."""
     prompt_column: str | None = None
     """A column that holds the user turn itself."""
     function: Function | None = None
@@ -99,10 +101,12 @@ class PromptSettings(Settings):
     @model_validator(mode="after")
     def _one_source(self) -> PromptSettings:
         given = [k for k in ("template", "messages_column", "prompt_column", "function") if getattr(self, k)]
-        if len(given) != 1:
+        continues = given in (["template", "messages_column"], ["messages_column", "prompt_column"])
+        if len(given) != 1 and not continues:
             found = " and ".join(given) or "none of them"
             raise ValueError(
-                f"give exactly one of template, messages_column, prompt_column, function; found {found}"
+                f"give exactly one of template, messages_column, prompt_column, function; found {found}. To go on with a "
+                "conversation give messages_column, and the next user turn as template or prompt_column"
             )
         if self.chat is False and (self.system or self.messages_column):
             raise ValueError("system and messages_column need the chat template; remove `chat: false`")
@@ -276,6 +280,9 @@ class OutputSettings(Settings):
     provenance: bool | None = None
     """true adds to each row what made it: `model`, `model_revision`, `prompt_sha256` (of the prompt's token ids, 32-bit
     little-endian) and `seed` (the row's own, with `sampling.seed`), of the job's own prompt."""
+    conversation: Text | None = None
+    """A column to add: the messages that the job's own prompt asked, and the answer as the assistant's. A later prompt
+    goes on with it as its `messages_column`."""
 
 
 class AdmissionSettings(Settings):

@@ -74,6 +74,12 @@ def _problems(step: StepSettings, schema: pa.Schema) -> list[str]:
         )
     if step.explode is not None:
         problems += _explode_problems(step.explode, schema)
+    if step.gather is not None:
+        problems += [
+            f"columns: {_no_column(column, schema)}"
+            for column in step.gather.columns
+            if nested_type(schema, column) is None
+        ]
     if step.dedup is not None:
         for column in step.dedup.columns:
             if step.dedup.method == "minhash":

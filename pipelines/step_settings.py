@@ -6,6 +6,7 @@ steps:
   - filter:   {where: "correct and score >= 3"}
   - select:   {by: score, keep: 1}
   - explode:  {column: questions, into: question}
+  - gather:   {columns: {question: questions}}
   - generate: {column: summary, prompt: {template: "Shorten: {{ generated_text }}"}}
   - judge:    {column: rating, rubric: "Is the summary true?", columns: [generated_text, summary]}
   - embed:    {column: vector, prompt: {prompt_column: summary}}
@@ -22,6 +23,7 @@ import pyarrow as pa
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from pipelines.ask_settings import AskStep, ClassifyStep, EmbedStep, GenerateStep, JudgeStep, ScoreStep
+from pipelines.messages import CONVERSATION_TYPE
 from pipelines.output_schema import arrow_type_of
 from pipelines.prompt_columns import is_list
 from pipelines.settings import Function, Settings, Text
@@ -60,12 +62,21 @@ def element_type(schema: pa.Schema, column: str) -> pa.DataType | None:
     return type_.value_type if type_ is not None and is_list(type_) else None
 
 
+def _plain(type_: pa.DataType | None) -> pa.DataType:
+    """The type of a dictionary's values, which Parquet has no lists of; null for no type."""
+    if type_ is None:
+        return pa.null()
+    return type_.value_type if pa.types.is_dictionary(type_) else type_
+
+
 def _typed(columns: dict[str, str]) -> dict[str, str]:
     for name in columns.values():
         arrow_type(name)
     return columns
 
 
+#: What a step may call a column that it adds.
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 #: Column → type name.
 Columns = Annotated[dict[Text, Text], Field(min_length=1), AfterValidator(_typed)]
 
@@ -151,10 +162,10 @@ class ExplodeStep(Settings):
     """Texts, the same for all records: a record for each of them, so that later prompts can differ by it."""
     columns: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     """Columns of one type: a record for the value of each, such as the answers of several models."""
-    into: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+    into: _Name
     """The new column in which each record has its element. All other columns stay as they are, and the `row_id` gets
     the element's place behind it, from 0: `…#7/0`."""
-    name_into: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    name_into: _Name | None = None
     """Only for `columns`: a new column with the name of the one that the element is from."""
     on_empty: Literal["drop", "null"] = "drop"
     """Only for `column`. A list without elements, or null instead of a list: the record is dropped, or becomes one whose
@@ -191,6 +202,22 @@ class ExplodeStep(Settings):
         return self
 
 
+class GatherStep(Settings):
+    """Make one record of all good records of each row of the input: of its samples, or its elements after an `explode`."""
+
+    columns: Annotated[dict[Text, _Name], Field(min_length=1)]
+    """A column, or a field of a struct (`pair.question`) → the new column in which its values are a list, in the order of
+    the records. All other columns are those of the first of them, but for the `row_id`: that of the row of the input."""
+
+    @field_validator("columns")
+    @classmethod
+    def _distinct(cls, columns: dict[str, str]) -> dict[str, str]:
+        twice = sorted({name for name in columns.values() if list(columns.values()).count(name) > 1})
+        if twice:
+            raise ValueError(f"two columns would both become {twice[0]!r}; give each list a name of its own")
+        return columns
+
+
 class DedupStep(Settings):
     """Keep one of equal records, or of similar ones, among all of the job; the last step."""
 
@@ -222,12 +249,12 @@ class DedupStep(Settings):
 
 #: The kinds of steps that ask a model.
 ASKING = ("generate", "judge", "embed", "classify", "score")
-_KINDS = ("parse", "map", "filter", "select", "explode", *ASKING, "dedup")
+_KINDS = ("parse", "map", "filter", "select", "explode", "gather", *ASKING, "dedup")
 
 
 class StepSettings(Settings):
-    """One step: exactly one of `parse`, `map`, `filter`, `select`, `explode`, `generate`, `judge`, `embed`, `classify`,
-    `score`, `dedup`."""
+    """One step: exactly one of `parse`, `map`, `filter`, `select`, `explode`, `gather`, `generate`, `judge`, `embed`,
+    `classify`, `score`, `dedup`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")] | None = None
     """Stands in the statistics; default: what the step does, with a number where there are several of the kind."""
@@ -241,6 +268,8 @@ class StepSettings(Settings):
     """Keep the best records of each row of the input."""
     explode: ExplodeStep | None = None
     """Make several records of one: of a list's elements, of variants, of columns."""
+    gather: GatherStep | None = None
+    """Make one record of all good records of each row of the input."""
     generate: GenerateStep | None = None
     """Ask a model about each record."""
     judge: JudgeStep | None = None
@@ -272,10 +301,15 @@ class StepSettings(Settings):
         """The columns that the step adds to records of this schema, all nullable."""
         if self.explode is not None:
             return self.explode.adds(schema)
+        if self.gather is not None:
+            types = {name: nested_type(schema, column) for column, name in self.gather.columns.items()}
+            return pa.schema([(name, pa.list_(_plain(type_))) for name, type_ in types.items()])
         step = self.parse or self.map or self.asks
         added = [(name, arrow_type(kind)) for name, kind in (step.adds if step else {}).items()]
         if self.generate and isinstance(schema := self.generate.sampling.output_schema, dict):
             added.append((f"{self.generate.column}_parsed", arrow_type_of(schema)[0]))
+        if self.generate and self.generate.conversation is not None:
+            added.append((self.generate.conversation, CONVERSATION_TYPE))
         return pa.schema(added)
 
     @model_validator(mode="after")

@@ -1,11 +1,12 @@
 """What becomes of a shard's answers before they are written: the job's `steps`, record by record.
 
-    answers ─► parse ─► map ─► filter ─► select ─► explode ─► the part's rows
+    answers ─► parse ─► map ─► filter ─► select ─► explode ─► gather ─► the part's rows
 
 A record is one sample of one row. Each step sees the records that are still good, and adds columns to them, drops some,
-fails some, or puts several in their places, which are rows of their own; a failed or dropped record keeps
-what it has and goes past the rest. The books of each step balance: in + added = out + dropped + failed. At the end a row
-has failed when none of its records is good and one has failed. Steps that ask a model are no steps here: each begins another run of steps, on the answers of another generation.
+fails some, puts several in their places, which are rows of their own, or one record in the place of all of a row; a failed
+or dropped record keeps what it has and goes past the rest. The books of each step balance: in + added = out + dropped +
+failed + gathered. At the end a row has failed when none of its records is good and one has failed. Steps that ask a model
+are no steps here: each begins another run of steps, on the answers of another generation.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -23,11 +23,13 @@ from pipelines.code import load_function
 from pipelines.contracts import Counts, Work, result_schema
 from pipelines.errors import RowError
 from pipelines.filter import compile_filter
+from pipelines.lists import Elements, explode, gather, with_ids
 from pipelines.parse import parser
-from pipelines.place import element_ids, element_ranks, has_elements, input_rows
+from pipelines.place import element_ranks, has_elements, input_rows
 from pipelines.step_settings import (
     ExplodeStep,
     FilterStep,
+    GatherStep,
     MapStep,
     ParseStep,
     SelectStep,
@@ -44,35 +46,15 @@ from pipelines.values import records
 class Verdict:
     """What a step makes of some records: one value each in `added`; which are dropped, and which fail of what.
 
-    `elements`: what stands in the places of the others, where that is not they themselves.
+    `elements`: what stands in the places of the others, where that is not they themselves. `gathered`: those whose values
+    another record has now, with which all of its row of the input is one record; None where the step gathers none.
     """
 
     added: Mapping[str, pa.Array] = field(default_factory=dict)
     dropped: Sequence[int] = ()
     failed: Mapping[int, RowError] = field(default_factory=dict)
     elements: Elements | None = None
-
-
-@dataclass(frozen=True)
-class Elements:
-    """What records become several of, in the order of the records and of their elements."""
-
-    added: Mapping[str, pa.Array | pa.ChunkedArray]
-    """New columns; one value for each element."""
-    record: npt.NDArray[np.int64]
-    """For each element the place of its record."""
-    number: npt.NDArray[np.int64]
-    """Its place among the elements of that."""
-
-    def records(self, good: pa.Table) -> pa.Table:
-        """A record for each element: the one that it is of, with the new columns and an id of its own."""
-        records = good.take(pa.array(self.record))
-        place = records.column_names.index("row_id")
-        ids = element_ids(records["row_id"], pa.array(self.number))
-        records = records.set_column(place, records.schema.field(place), ids)
-        for column, values in self.added.items():
-            records = records.append_column(column, values)
-        return records
+    gathered: Sequence[int] | None = None
 
 
 class Step(Protocol):
@@ -115,7 +97,8 @@ class Steps:
             aside.append(_failed(good, verdict.failed))
             for column, values in verdict.added.items():
                 good = good.append_column(column, values)
-            aside.append(_with(good.take(verdict.dropped or _NONE), DROPPED, True))
+            gone = [*verdict.dropped, *(verdict.gathered or ())]
+            aside.append(_with(good.take(gone or _NONE), DROPPED, True))
             good = (
                 verdict.elements.records(good) if verdict.elements else good.filter(_staying(verdict, there))
             )
@@ -127,6 +110,10 @@ class Steps:
             }
             if verdict.elements:
                 counts[name]["added"] = len(good) + len(verdict.dropped) - there
+            if verdict.gathered is not None:
+                counts[name]["gathered"] = len(verdict.gathered)
+                good = with_ids(good, input_rows(good["row_id"]))
+                aside = [_beside(good, aside)]
         together = _in_order(pa.concat_tables([good, *aside], promote_options="default"))
         return together.select(whole.names).cast(whole), counts
 
@@ -190,8 +177,18 @@ def answers_schema(work: Work) -> pa.Schema:
 def _staying(verdict: Verdict, there: int) -> pa.Array:
     """Which of so many records neither fail nor are dropped."""
     stays = np.ones(there, bool)
-    stays[[*verdict.failed, *verdict.dropped]] = False
+    stays[[*verdict.failed, *verdict.dropped, *(verdict.gathered or ())]] = False
     return pa.array(stays)
+
+
+def _beside(gathered: pa.Table, aside: Sequence[pa.Table]) -> pa.Table:
+    """What has failed or was dropped before a row of the input became one record: no element any more, and where there is
+    such a record, nothing that its row could have failed of."""
+    records = _in_order(pa.concat_tables(aside, promote_options="default")).drop_columns([_ELEMENT])
+    records = with_ids(records, input_rows(records["row_id"]))
+    past = pc.is_in(records["row_id"], value_set=gathered["row_id"].combine_chunks())
+    place = records.column_names.index(DROPPED)
+    return records.set_column(place, DROPPED, pc.or_(records[DROPPED], past))
 
 
 def _in_order(records: pa.Table) -> pa.Table:
@@ -231,6 +228,8 @@ def _ready(step: StepSettings, key: str, folders: Sequence[str]) -> Step:
         )  # needs the other shards: the driver's, once all parts stand (`jobs.dedup`)
     if step.explode is not None:
         return _explode(step.explode)
+    if step.gather is not None:
+        return _gather(step.gather)
     assert step.select is not None  # StepSettings has exactly one kind
     return _select(step.select)
 
@@ -307,51 +306,16 @@ def _select(step: SelectStep) -> Step:
 
 
 def _explode(step: ExplodeStep) -> Step:
-    if step.column is not None:
-        return _explode_lists(step, step.column)
-
     def run(good: pa.Table) -> Verdict:
-        names = step.values or step.columns or ()
-        record = np.repeat(np.arange(len(good)), len(names))
-        number = np.tile(np.arange(len(names)), len(good))
-        labels = pa.array(names, pa.string()).take(pa.array(number))
-        added: dict[str, pa.Array | pa.ChunkedArray] = {step.into: labels}
-        if step.columns is not None:
-            # One column behind the other; then the first value of each, the second of each …
-            values = pa.chunked_array(
-                [chunk for name in names for chunk in good[name].chunks], good[names[0]].type
-            )
-            added = {step.into: values.take(pa.array(number * len(good) + record))}
-            if step.name_into:
-                added[step.name_into] = labels
-        return Verdict(elements=Elements(added, record, number))
+        elements, empty = explode(good, step)
+        return Verdict(dropped=empty, elements=elements)
 
     return run
 
 
-def _explode_lists(step: ExplodeStep, column: str) -> Step:
-    least = 1 if step.on_empty == "null" else 0
-
+def _gather(step: GatherStep) -> Step:
     def run(good: pa.Table) -> Verdict:
-        lists = _nested(good, column)
-        lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int64)
-        elements = np.maximum(lengths, least)
-        record = np.repeat(np.arange(len(good)), elements)
-        number = np.arange(len(record)) - np.repeat(np.cumsum(elements) - elements, elements)
-        place = (np.cumsum(lengths) - lengths)[record] + number
-        found = pc.list_flatten(lists.filter(lists.is_valid()))
-        values = found.take(pa.array(place, mask=lengths[record] == 0))
-        return Verdict(
-            dropped=np.flatnonzero(elements == 0).tolist(),
-            elements=Elements({step.into: values}, record, number),
-        )
+        lists, others = gather(good, step)
+        return Verdict(lists, gathered=others)
 
     return run
-
-
-def _nested(table: pa.Table, column: str) -> pa.ChunkedArray:
-    """The values whose type `nested_type` tells."""
-    if column in table.column_names:
-        return table[column]
-    name, *fields = column.split(".")
-    return pc.struct_field(table[name], fields)

@@ -1,4 +1,4 @@
-"""Two recipes with real Ray and vLLM, against what the test computes itself of the records before their last steps."""
+"""Three recipes with real Ray and vLLM, against what the test computes itself of the records before their last steps."""
 
 from __future__ import annotations
 
@@ -128,6 +128,32 @@ def test_a_second_reading_of_documents_is_compared_with_the_first(tmp_path: Path
     assert [row["again"] for row in kept] == [answer["samples"][0]["text"] for answer in bare]
     assert [row["agreement"] for row in kept] == [
         pytest.approx(f1(row["pair"]["answer"], row["again"])) for row in kept
+    ]
+
+
+def test_each_turn_is_what_bare_vllm_says_to_the_conversation_before_it(tmp_path: Path) -> None:
+    asked = write_questions(tmp_path / "asked", rows=ROWS)
+    books = finished("multi-turn", tmp_path, asked, lambda steps: steps)
+    assert (books["problems"], books["rows_in"]) == ([], ROWS)
+    rows = rows_of(tmp_path / "out").to_pylist()
+    assert ROWS / 2 < len(rows) == books["rows_ok"]
+    for row in rows:
+        assert row["messages"] == [
+            {"role": "system", "content": "You are a patient teacher of numbers and weekdays."},
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": row["generated_text"]},
+            {"role": "user", "content": row["follow_up_parsed"]["question"]},
+            {"role": "assistant", "content": row["second_answer"]},
+        ]
+        assert row["first_turn"] == row["messages"][:3]
+    # vLLM applies the chat template itself.
+    engine = yaml.safe_load((CONF / "models" / "tiny.yaml").read_text())["model"]["engine"]
+    turns = [row["messages"][:2] for row in rows] + [row["messages"][:4] for row in rows]
+    bare = bare_vllm({"model": str(TINY), **engine}, {"temperature": 0, "max_tokens": 48}, turns)
+    texts = [answer["samples"][0]["text"] for answer in bare]
+    assert [row["generated_text"] for row in rows] + [row["second_answer"] for row in rows] == texts
+    assert [row["second_answer_prompt_tokens"] for row in rows] == [
+        one["prompt_tokens"] for one in bare[len(rows) :]
     ]
 
 

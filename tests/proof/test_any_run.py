@@ -39,6 +39,19 @@ EXPLODE = [
     {"explode": {"column": "parts", "into": "part"}},
     {"parse": {"column": "part", "regex": "(?P<letter>[a-z])"}},
 ]
+GATHER = [*EXPLODE, {"gather": {"columns": {"part": "every", "letter": "letters"}}}]
+#: Another turn, about what is there by then; a row's is too long.
+TURN = {
+    "generate": {
+        "column": "again",
+        "conversation": "chat_2",
+        "prompt": {
+            "messages_column": "chat",
+            "template": "{% if question == 'x' %}{{ question * 2000 }}{% endif %}Sure?",
+        },
+        "sampling": {"temperature": 0, "max_tokens": 8},
+    }
+}
 #: Always there and never empty: a job without rows is refused.
 FIRST = "a.parquet"
 
@@ -101,9 +114,13 @@ SETTINGS = st.fixed_dictionaries(
             [{"on_changed": "replace"}, {"on_changed": "replace", "filter": "question != 'skip'"}]
         ),
         "shards": st.fixed_dictionaries({"rows": st.sampled_from([1, 2, 3, 5, 8, "auto"])}),
-        "output": st.sampled_from([{"failed_rows": "inline"}, {"failed_rows": "separate"}]),
+        "output": st.sampled_from(
+            [{"failed_rows": where, "conversation": "chat"} for where in ("inline", "separate")]
+        ),
         "sampling": st.sampled_from([{"temperature": 0}, {"temperature": 1, "n": 2}]),
-        "steps": st.sampled_from([[], EXPLODE]),
+        "steps": st.sampled_from(
+            [[], EXPLODE, GATHER, [TURN], [TURN, *GATHER], [*GATHER, TURN], [*EXPLODE, TURN, *GATHER[-1:]]]
+        ),
     }
 )
 STORY = st.builds(

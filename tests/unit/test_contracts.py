@@ -87,7 +87,15 @@ def test_the_books_balance_only_when_every_row_is_accounted_for() -> None:
 def test_a_parcel_survives_the_journey_between_stages() -> None:
     rows = pa.table({"doc": ["a", None], "row_id": ["f#0", "f#1"]})
     prompts = pa.table(
-        [["f#0", "f#1"], [[1, 2], None], [9, None], [1, None], [None, "missing_value"], [None, "no doc"]],
+        [
+            ["f#0", "f#1"],
+            [[1, 2], None],
+            [9, None],
+            [1, None],
+            [[{"role": "user", "content": "a"}], None],
+            [None, "missing_value"],
+            [None, "no doc"],
+        ],
         schema=PROMPT_SCHEMA,
     )
     sent = Parcel(shard=a_shard(), rows=rows, prompts=prompts, notes={"rows_read": 2})

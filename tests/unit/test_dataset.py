@@ -289,6 +289,14 @@ def test_the_card_says_what_the_dataset_is(tmp_path: Path) -> None:
             assert line.replace("\\|", "").count("|") == 3, line
 
 
+def test_the_card_says_which_columns_are_not_the_inputs(tmp_path: Path) -> None:
+    gather = {"gather": {"columns": {"generated_text": "texts"}}}
+    text = card(finished(tmp_path, output={"conversation": "chat"}, steps=[gather]))
+    assert "| `chat` (Dray) | list" in text
+    assert "| `texts` (a step) | list" in text
+    assert "| `question` | string |" in text
+
+
 def test_a_job_that_hides_columns_shows_no_examples(tmp_path: Path) -> None:
     output = finished(tmp_path, report={"redact": ["question"]})
     assert "## Examples" not in card(output)

@@ -109,8 +109,10 @@ def parcel(number: int, prompts: Sequence[Sequence[int] | None]) -> Parcel:
     """A prepared shard."""
     rows = [f"q{number}#{row}" for row in range(len(prompts))]
     errors = [None if prompt else "missing_value" for prompt in prompts]
-    nothing = [None] * len(rows)
-    table = pa.table([rows, prompts, nothing, nothing, errors, errors], schema=PROMPT_SCHEMA)
+    told = {"row_id": rows, "token_ids": prompts, "error_code": errors, "error_message": errors}
+    table = pa.Table.from_pylist(
+        [dict(zip(told, values, strict=True)) for values in zip(*told.values(), strict=True)], PROMPT_SCHEMA
+    )
     shard = Shard(ordinal=number, id=f"{number:016x}", spans=(), rows=len(rows), bytes=0)
     return Parcel(shard=shard, prompts=table, notes={"pass": 0})
 

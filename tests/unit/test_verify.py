@@ -13,13 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs import load
 from jobs.books import SUCCESS, clear_unreferenced_errors, fold
 from jobs.inspect import report_of, verify
+from jobs.output import read_spec
 from jobs.repair import repair
 from pipelines.errors import PartDamaged
 from pipelines.part import FOOTER_KEY, Footer, body_digest, build_part, read_part
 from pipelines.settings import OutputSettings
 from pipelines.storage import Storage
+from tests.local.runs import job, write_questions
 from tests.unit.stages import Output, committed, run
 from tests.unit.test_retry import ENOUGH, SEPARATE, everything, settings, write_rows
 
@@ -244,3 +247,16 @@ def test_a_footer_that_is_no_json_is_a_damaged_part(output: Output) -> None:
     pq.write_table(table, path)
     with pytest.raises(PartDamaged, match="its footer cannot be read"):
         read_part(output.storage, path.name)
+
+
+def test_columns_of_a_step_stay_in_the_order_of_the_job_file(tmp_path: Path) -> None:
+    write_questions(tmp_path / "in", rows=3)
+    columns = {"zeal": "int64", "aim": "string"}
+    step = {"parse": {"column": "question", "json": columns, "on_error": "null"}}
+    made = committed(job(tmp_path / "in", tmp_path / "out", steps=[step]))
+    assert verify(made.storage, deep=True)["problems"] == []
+    # `dray resume` goes by what is stored.
+    stored = load(read_spec(made.storage)["spec"])
+    (parse,) = (one.parse for one in stored.spec.steps)
+    assert parse is not None
+    assert list(parse.adds) == list(columns)
