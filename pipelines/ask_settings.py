@@ -253,7 +253,7 @@ class PoolingStep(NumbersStep):
     @classmethod
     def _plain(cls, prompt: PromptSettings) -> PromptSettings:
         # Embedding models made of chat models have their templates still, and are not to see them.
-        if prompt.chat is None and not (prompt.system or prompt.messages_column):
+        if prompt.chat is None and not (prompt.system or prompt.messages_column or prompt.tools):
             return prompt.model_copy(update={"chat": False})
         return prompt
 

@@ -95,6 +95,20 @@ class PromptSettings(Settings):
     """Apply the model's chat template; default: whenever the model has one."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Extra variables for the model's chat template, for example `enable_thinking`."""
+    tools: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    """Functions that the model may call, as OpenAI's API takes them; the chat template writes them into the prompt."""
+
+    @field_validator("tools")
+    @classmethod
+    def _functions(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        for number, tool in enumerate(tools or (), 1):
+            function = tool.get("function")
+            named = isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]
+            if tool.get("type") != "function" or not named:
+                raise ValueError(
+                    f"tool {number} is not of the form {{type: function, function: {{name: …, description: …, parameters: …}}}}"
+                )
+        return tools
 
     @model_validator(mode="after")
     def _one_source(self) -> PromptSettings:
@@ -104,8 +118,10 @@ class PromptSettings(Settings):
             raise ValueError(
                 f"give exactly one of template, messages_column, prompt_column, function; found {found}"
             )
-        if self.chat is False and (self.system or self.messages_column):
-            raise ValueError("system and messages_column need the chat template; remove `chat: false`")
+        if self.chat is False and (self.system or self.messages_column or self.tools):
+            raise ValueError("system, messages_column and tools need the chat template; remove `chat: false`")
+        if self.tools and "tools" in self.chat_template_kwargs:
+            raise ValueError("give tools or chat_template_kwargs.tools, not both")
         return self
 
 
