@@ -76,15 +76,19 @@ def _expected_schema(plan: Plan, identity: dict[str, Any]) -> pa.Schema | None:
     """What a part's schema reads back as; None where the spec keeps a value of it in an environment variable."""
     prefix = "output.rename."
     rename = {key.removeprefix(prefix): value for key, value in identity.items() if key.startswith(prefix)}
-    columns, logprobs = identity["output.columns"], identity.get("sampling.logprobs")
-    if any(isinstance(value, dict) for value in (columns, logprobs, *rename.values())):
+    columns = identity["output.columns"]
+    sampling: dict[str, Any] = {
+        name: identity.get(f"sampling.{name}")
+        for name in ("logprobs", "reasoning_parser", "tool_call_parser")
+    }
+    if any(isinstance(value, dict) for value in (columns, *sampling.values(), *rename.values())):
         return None
     answers = result_schema(
         plan.input_schema,
         OutputSettings(
             path="-", columns=columns, rename=rename, provenance=identity.get("output.provenance")
         ),
-        SamplingSettings(logprobs=logprobs, output_schema=output_schema_of(identity)),
+        SamplingSettings(**sampling, output_schema=output_schema_of(identity)),
         prompted=any(key.startswith("prompt.") for key in identity),
     )
     schema = with_steps(answers, steps_of(identity))

@@ -78,6 +78,7 @@ def model_identity(key: str, model: ModelSettings, job: LoadedJob) -> dict[str, 
         found = {k: value for k, value in found.items() if k != neutral and not k.startswith(f"{neutral}.")}
     if model.backend == "simulated":
         found[f"{key}.simulated"] = [model.simulated.min_tokens, model.simulated.max_tokens]
+        _add(found, (*key.split("."), "simulated", "prefix"), model.simulated.prefix or None, job)
     for name in ("source", "tokenizer"):
         place = getattr(model, name)
         if place is not None and os.path.isabs(place):  # `load` made local folders absolute

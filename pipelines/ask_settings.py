@@ -72,7 +72,8 @@ class GenerateStep(AskStep):
     """Ask a model about each record; the answer is a column more."""
 
     column: Column
-    """The column of the answers' texts. Beside it come `…_finish_reason`, `…_prompt_tokens` and `…_completion_tokens`."""
+    """The column of the answers' texts. Beside it come `…_finish_reason`, `…_prompt_tokens` and `…_completion_tokens`, and
+    what `sampling` adds: `…_reasoning`, `…_reasoning_tokens`, `…_tool_calls`, `…_parsed`."""
     prompt: PromptSettings
     """As the job's own, over all columns that are there by now."""
     sampling: SamplingSettings = SamplingSettings()

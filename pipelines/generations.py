@@ -47,6 +47,11 @@ class Generation:
         """Whether texts come of it."""
         return self.asks and self.work.task.name == "generate"
 
+    @property
+    def parses(self) -> bool:
+        """Whether reading its answers takes vLLM's parsers."""
+        return self.writes and self.work.sampling.is_parsed
+
 
 def generations_of(work: Work) -> tuple[Generation, ...]:
     """All generations of a job, in their order; at least one."""

@@ -138,6 +138,8 @@ class SimulatedSettings(Settings):
     """Most tokens of an answer."""
     dies_of: Annotated[int, Field(ge=0)] | None = None
     """The engine dies of every prompt that holds this token id; to try out what happens then."""
+    prefix: str = ""
+    """What every answer begins with, for example `<think>so</think>` or a tool call; to try out parsers."""
     stalls_of: Annotated[int, Field(ge=0)] | None = None
     """From a prompt with this token id on, the engine answers nothing any more, until it is replaced."""
 
@@ -257,6 +259,17 @@ class SamplingSettings(Settings):
     repairs: Annotated[int, Field(ge=0, le=10)] | None = None
     """How often an answer that was cut off or is not what `output_schema` or `structured_outputs` asks for is tried again;
     then it is the row's error. Default: once."""
+    reasoning_parser: Text | None = None
+    """vLLM's name of the parser that tells a model's reasoning from its answer, for example `qwen3`, `deepseek_r1`. The
+    reasoning stands in the columns `reasoning` and `reasoning_tokens`; constraints hold for the answer alone."""
+    tool_call_parser: Text | None = None
+    """vLLM's name of the parser that finds a model's calls of `prompt.tools`, for example `hermes`. They stand in the column
+    `tool_calls`, what is said besides in the text."""
+
+    @property
+    def is_parsed(self) -> bool:
+        """Whether answers are taken apart by vLLM's parsers (`pipelines.answer_parsers`)."""
+        return self.reasoning_parser is not None or self.tool_call_parser is not None
 
     @property
     def is_structured(self) -> bool:
@@ -267,6 +280,10 @@ class SamplingSettings(Settings):
     def _consistent(self) -> SamplingSettings:
         if self.output_schema is not None and self.structured_outputs is not None:
             raise ValueError("give output_schema or structured_outputs, not both")
+        if self.output_schema is not None and self.tool_call_parser is not None:
+            raise ValueError(
+                "an answer that follows output_schema calls no tools; leave out one of output_schema, tool_call_parser"
+            )
         if self.temperature == 0.0 and self.n > 1:
             raise ValueError("n > 1 with temperature 0 gives n equal answers; raise the temperature")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

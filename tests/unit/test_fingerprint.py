@@ -87,6 +87,8 @@ def test_what_does_not_change_it(override: str) -> None:
         "sampling.seed=0",
         "sampling.stop=x",
         "sampling.logprobs=0",
+        "sampling.reasoning_parser=qwen3",
+        "sampling.tool_call_parser=hermes",
         "sampling.max_tokens=null",
         "output.columns=[a]",
         "output.rename.a=c",
@@ -112,7 +114,8 @@ def test_the_order_in_which_a_tools_keys_stand_counts_since_the_prompt_has_it() 
 def test_simulated_answers_count_and_their_speed_does_not() -> None:
     base = of("model.backend=simulated")
     assert fingerprint(of("model.backend=simulated", "model.simulated.start_s=3")) == fingerprint(base)
-    assert fingerprint(of("model.backend=simulated", "model.simulated.min_tokens=3")) != fingerprint(base)
+    for content in ("min_tokens=3", "prefix=<think>so</think>"):
+        assert fingerprint(of("model.backend=simulated", f"model.simulated.{content}")) != fingerprint(base)
 
 
 def test_run_variables_count_as_written_and_environment_variables_by_value() -> None:
