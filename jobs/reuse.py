@@ -60,11 +60,12 @@ def _digest(model: Mapping[str, Any], task: Task, sampling: SamplingSettings) ->
 
 
 def _content_of(key: str, job: LoadedJob) -> dict[str, Any]:
-    """The model that stands under `key` in the job file; where a folder lies is not what it holds."""
+    """The model that stands under `key` in the job file, in an order that is the same in every process; where a folder lies is
+    not what it holds."""
     identity = model_identity(key, job.spec.models[key], job)
     return {
         name.removeprefix(key): value["sha256"] if isinstance(value, dict) and "sha256" in value else value
-        for name, value in identity.items()
+        for name, value in sorted(identity.items())
     }
 
 
