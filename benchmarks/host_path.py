@@ -29,10 +29,18 @@ from pipelines.contracts import PROMPT_SCHEMA, Shard, Work
 from pipelines.engine import Answer, EngineInfo, Sample, check_prompt
 from pipelines.settings import ErrorSettings, PoolSettings, SamplingSettings
 from pipelines.stage import Parcel
+from pipelines.task import GENERATE
 
 WORK = cast(
     "Work",
-    SimpleNamespace(run_id="r", sampling=SamplingSettings(), errors=ErrorSettings(), pool=PoolSettings()),
+    SimpleNamespace(
+        run_id="r",
+        task=GENERATE,
+        prompt=None,
+        sampling=SamplingSettings(),
+        errors=ErrorSettings(),
+        pool=PoolSettings(),
+    ),
 )
 INFO = EngineInfo(
     name="at once", device="cpu", max_model_len=8192, max_num_seqs=512, start_s=0.0, ready_at=0.0
@@ -55,6 +63,7 @@ class AtOnce:
         seed: int | None,
         max_tokens: int | None = None,
         sampling: Any = None,
+        variables: Any = None,
     ) -> Answer:
         check_prompt(token_ids, 8192)
         await asyncio.sleep(0)

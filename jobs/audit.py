@@ -76,9 +76,14 @@ def _expected_schema(plan: Plan, identity: dict[str, Any]) -> pa.Schema | None:
     """What a part's schema reads back as; None where the spec keeps a value of it in an environment variable."""
     prefix = "output.rename."
     rename = {key.removeprefix(prefix): value for key, value in identity.items() if key.startswith(prefix)}
-    columns, logprobs = identity["output.columns"], identity.get("sampling.logprobs")
-    conversation = identity.get("output.conversation")
-    if any(isinstance(value, dict) for value in (columns, logprobs, conversation, *rename.values())):
+    columns, conversation = identity["output.columns"], identity.get("output.conversation")
+    sampling: dict[str, Any] = {
+        name: identity.get(f"sampling.{name}")
+        for name in ("logprobs", "reasoning_parser", "tool_call_parser")
+    }
+    if any(
+        isinstance(value, dict) for value in (columns, conversation, *sampling.values(), *rename.values())
+    ):
         return None
     answers = result_schema(
         plan.input_schema,
@@ -89,7 +94,7 @@ def _expected_schema(plan: Plan, identity: dict[str, Any]) -> pa.Schema | None:
             provenance=identity.get("output.provenance"),
             conversation=conversation,
         ),
-        SamplingSettings(logprobs=logprobs, output_schema=output_schema_of(identity)),
+        SamplingSettings(**sampling, output_schema=output_schema_of(identity)),
         prompted=any(key.startswith("prompt.") for key in identity),
     )
     schema = with_steps(answers, steps_of(identity))

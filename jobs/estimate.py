@@ -38,6 +38,7 @@ from pipelines.listing import list_files
 from pipelines.model_folder import check_model
 from pipelines.prepare import Prepare
 from pipelines.stage import Parcel
+from pipelines.structured import checking_parser
 
 WINDOWS = 5
 #: Seconds between two looks at the engine's count of tokens.
@@ -222,7 +223,8 @@ async def _measured(
 ) -> Measured:
     try:
         info = await engine.start()
-        answering = Answering(parcel, work, Started.of(engine, info, work), itertools.count(), priority=0)
+        started, parser = Started.of(engine, info, work), checking_parser(work)
+        answering = Answering(parcel, work, started, itertools.count(), priority=0, parser=parser)
         marks: list[tuple[float, int]] = []
         watcher = asyncio.create_task(_watch(engine, marks))
         began = time.monotonic()

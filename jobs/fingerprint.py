@@ -35,6 +35,9 @@ _COUNTED: dict[str, frozenset[str] | None] = {
     "output": frozenset({"columns", "rename", "failed_rows", "provenance", "conversation"}),
 }
 
+#: (section, key) of values whose keys count in their order: that of a column's fields, and that of the prompt's text.
+_ORDERED = (("sampling", "output_schema"), ("prompt", "tools"))
+
 _SMALL_FILES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".vocab"})
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
 _HASHED_WHOLE = 64 << 20
@@ -75,6 +78,7 @@ def model_identity(key: str, model: ModelSettings, job: LoadedJob) -> dict[str, 
         found = {k: value for k, value in found.items() if k != neutral and not k.startswith(f"{neutral}.")}
     if model.backend == "simulated":
         found[f"{key}.simulated"] = [model.simulated.min_tokens, model.simulated.max_tokens]
+        _add(found, (*key.split("."), "simulated", "prefix"), model.simulated.prefix or None, job)
     for name in ("source", "tokenizer"):
         place = getattr(model, name)
         if place is not None and os.path.isabs(place):  # `load` made local folders absolute
@@ -93,19 +97,24 @@ def _step_identity(step: StepSettings) -> dict[str, Any]:
     """A step, without what is said of its model elsewhere, and without how it is run."""
     hidden = {step.kind: {"model", "pool"}} if step.asks is not None else None
     values = step.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=hidden)
-    sampling = values.get("generate", {}).get("sampling", {})
-    if "output_schema" in sampling:
-        sampling["output_schema"] = json.dumps(sampling["output_schema"])
+    for settings, key in _ordered(values):
+        settings[key] = json.dumps(settings[key])
     return values
+
+
+def _ordered(step: Mapping[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Where a step's values have keys whose order counts: in an identity they stand as text."""
+    asked = [value for value in step.values() if isinstance(value, dict)]
+    sections = [(one.get(section) or {}, key) for one in asked for section, key in _ORDERED]
+    return [(section, key) for section, key in sections if key in section]
 
 
 def steps_of(identity: Mapping[str, Any]) -> tuple[StepSettings, ...]:
     """The steps in an `identity`."""
     steps = deepcopy(list(identity.get("steps", ())))
     for step in steps:
-        sampling = step.get("generate", {}).get("sampling", {})
-        if "output_schema" in sampling:
-            sampling["output_schema"] = json.loads(sampling["output_schema"])
+        for settings, key in _ordered(step):
+            settings[key] = json.loads(settings[key])
     return tuple(StepSettings.model_validate(step) for step in steps)
 
 
@@ -168,10 +177,8 @@ def _digest_of_file(path: Path) -> str:
 
 
 def _add(found: dict[str, Any], key: tuple[str, ...], value: Any, job: LoadedJob) -> None:
-    if key[-1] == "output_schema" and value is not None:
-        found[".".join(key)] = json.dumps(
-            value
-        )  # as text: the order of its keys is that of the column's fields
+    if key in _ORDERED and value is not None:
+        found[".".join(key)] = json.dumps(job.unfilled.get(key, value))
         return
     if isinstance(value, dict) and key not in job.unfilled:
         for name, item in value.items():

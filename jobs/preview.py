@@ -18,6 +18,7 @@ from jobs.loading import LoadedJob
 from jobs.proposal import input_schema, work_of
 from jobs.spec import needed_columns
 from pipelines.advance import Advance, Reading, row_of
+from pipelines.answer_parsers import parser_fields
 from pipelines.answering import Answering, Started
 from pipelines.contracts import Shard, Work
 from pipelines.dedup import duplicates
@@ -30,6 +31,7 @@ from pipelines.prepare import Prepare
 from pipelines.stage import Parcel
 from pipelines.step_settings import dedup_step
 from pipelines.steps import answers_schema, is_good, settled
+from pipelines.structured import checking_parser
 from pipelines.tokenizer import load_tokenizer
 
 
@@ -59,7 +61,8 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
         )
     if generate:
         result = _without_duplicates(asyncio.run(_answered(parcel, work)), work)
-        shown = ("generated_text", "finish_reason", "error_code", "error_message")
+        parts = [field.name for field in parser_fields(work.sampling)] if work.prompt else []
+        shown = ("generated_text", *parts, "finish_reason", "error_code", "error_message")
         added = result.schema.names[len(answers_schema(work)) :]
         answers: dict[str, list[dict[str, Any]]] = {}
         for row_id, record in zip(input_rows(result["row_id"]).to_pylist(), result.to_pylist(), strict=True):
@@ -114,7 +117,14 @@ async def _answered(parcel: Parcel, work: Work) -> pa.Table:
                     parcel = Advance(generation, following)(parcel)
                 generation = following
                 serving = started if following is pool[0] else started.serving(following.work)
-                answering = Answering(parcel, following.work, serving, itertools.count(), priority=0)
+                answering = Answering(
+                    parcel,
+                    following.work,
+                    serving,
+                    itertools.count(),
+                    priority=0,
+                    parser=checking_parser(following.work),
+                )
                 await answering.run(answering.answerable)
                 parcel = answering.parcel(attempt=1, engine_deaths=0)
         finally:
@@ -136,10 +146,16 @@ def render(seen: list[dict[str, Any]]) -> RenderableType:
         else:
             lines.append(escape(row["prompt"]))
         for answer in row.get("answers", ()):
+            if answer.get("reasoning"):
+                lines.append(f"  [dim]… {escape(answer['reasoning'])}[/]")
             if answer["generated_text"] is not None:
                 lines.append(
                     f"  [green]→[/] {escape(answer['generated_text'])} [dim]({answer['finish_reason']})[/]"
                 )
+            lines += [
+                f"  [green]→[/] {escape(call['name'])}({escape(call['arguments'])})"
+                for call in answer.get("tool_calls") or ()
+            ]
             if answer["error_code"] and not row["error_code"]:
                 lines.append(f"    [red]{answer['error_code']}[/]: {escape(answer['error_message'])}")
             lines += [f"    {name}: {escape(repr(value))}" for name, value in answer["steps"].items()]

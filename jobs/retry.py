@@ -232,10 +232,10 @@ def _check_settings(job: LoadedJob, record: dict[str, Any], identity: dict[str, 
         for key in sorted({*before, *identity})
         if key.startswith(("input.", "output."))
     }
-    # More or fewer alternatives fit the column that is there; a column cannot come or go.
-    had, has = ("sampling.logprobs" in of for of in (before, identity))
-    if had != has:
-        frozen["sampling.logprobs"] = (before.get("sampling.logprobs"), identity.get("sampling.logprobs"))
+    # More or fewer alternatives, or another parser, fit the column that is there; a column cannot come or go.
+    for key in ("sampling.logprobs", "sampling.reasoning_parser", "sampling.tool_call_parser"):
+        if (key in before) != (key in identity):
+            frozen[key] = (before.get(key), identity.get(key))
     frozen["steps.dedup"] = (_dedup_of(before), _dedup_of(identity))
     frozen["steps.explode, steps.gather"] = (_lists_of(before), _lists_of(identity))
     spec, prompted = job.spec, job.spec.prompt is not None

@@ -17,6 +17,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from jobs.limits import BudgetSettings
 from jobs.places import overlap
 from jobs.schedule import ScheduleSettings
+from pipelines.answer_parsers import parser_problems
 from pipelines.ask_settings import AskStep
 from pipelines.contracts import extra_fields, result_fields, result_schema
 from pipelines.engine_args import check_engine_args
@@ -133,6 +134,7 @@ class JobSpec(Settings):
             + _prompt_problems(self)
             + _source_problems(self)
             + _engine_problems(self)
+            + _parser_problems(self)
             + _pool_problems(self)
         )
         problems = problems or _column_problems(self)  # which compiles templates and the filter
@@ -296,7 +298,15 @@ def _collisions(spec: JobSpec, carried: list[str]) -> list[str]:
 
 
 #: What only answers to the job's own prompt can have.
-_OF_ANSWERS = ("n", "logprobs", "max_tokens_column", "output_schema", "structured_outputs")
+_OF_ANSWERS = (
+    "n",
+    "logprobs",
+    "max_tokens_column",
+    "output_schema",
+    "structured_outputs",
+    "reasoning_parser",
+    "tool_call_parser",
+)
 
 
 def _prompt_problems(spec: JobSpec) -> list[str]:
@@ -393,6 +403,25 @@ def _runner_problems(key: str, model: ModelSettings, task: Task) -> list[str]:
         problems.append(
             f"{key}.lora: {task.name} takes no adapter; merge it into the model, or give the step a model of its own"
         )
+    return problems
+
+
+def _parser_problems(spec: JobSpec) -> list[str]:
+    """Parsers that the installed vLLM does not have, and two for the answers of one model: an engine knows one."""
+    asked = {"sampling": (spec.model, spec.sampling)} if spec.prompt else {}
+    for key, step in spec.asking_steps.items():
+        asked[f"{key}.sampling"] = (step.model or spec.model, step.asked_sampling)
+    problems = []
+    first: dict[str, tuple[str, str]] = {}
+    for key, (model, sampling) in asked.items():
+        problems += parser_problems(key, sampling, model.engine)
+        if (parser := sampling.reasoning_parser) is None:
+            continue
+        other, before = first.setdefault(model.model_dump_json(), (key, parser))
+        if parser != before:
+            problems.append(
+                f"{key}.reasoning_parser: {parser!r}, but {other}.reasoning_parser is {before!r}, and one model reasons in one way"
+            )
     return problems
 
 

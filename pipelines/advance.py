@@ -7,6 +7,7 @@ from functools import cached_property
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.answer_parsers import AnswerParser, Said, open_parser, parsed_columns
 from pipelines.ask_settings import ScoreStep
 from pipelines.attempts import Attempts
 from pipelines.code import check_code
@@ -31,8 +32,16 @@ class Reading:
         self.generation = generation
 
     @cached_property
+    def parser(self) -> AnswerParser | None:
+        work = self.generation.work
+        return open_parser(work.model, work.sampling, work.prompt)
+
+    @cached_property
     def detokenizer(self) -> Detokenizer:
-        return Detokenizer(load_tokenizer(self.generation.work.model), self.generation.work.sampling)
+        sampling = self.generation.work.sampling
+        if self.parser is not None and self.parser.keeps_special_tokens:
+            sampling = sampling.model_copy(update={"skip_special_tokens": False})
+        return Detokenizer(load_tokenizer(self.generation.work.model), sampling)
 
     @cached_property
     def steps(self) -> Steps:
@@ -41,8 +50,14 @@ class Reading:
 
     def records(self, parcel: Parcel) -> tuple[pa.Table, Parcel]:
         """(all records of the shard with the answers, before the generation's steps; the parcel with what was counted)."""
-        records, counts = records_of(parcel, self.generation, self._texts)
+        records, counts = records_of(parcel, self.generation, self._says)
         return records, with_counts(parcel, counts)
+
+    def _says(self, prompts: pa.Table, generations: pa.Table) -> Said:
+        texts = self._texts(prompts, generations)
+        if self.parser is None:
+            return Said(texts)
+        return parsed_columns(self.parser, self.generation.work.sampling, texts, generations)
 
     def _texts(self, prompts: pa.Table, generations: pa.Table) -> pa.ChunkedArray:
         """The text of each sample: the engine's where it had to detokenise, ours elsewhere, null for failed rows."""
@@ -124,9 +139,10 @@ class Between:
         """`pool`: the place of the next one in `generations.pools_of`."""
         if own_process:
             end_with_parent()
-            do_without_torch(work.model)
         self.work = work
         pools = pools_of(work)
+        if own_process and not pools[pool - 1][-1].parses:
+            do_without_torch(work.model)
         self._advance = Advance(pools[pool - 1][-1], pools[pool][0])
         self._model = pools[pool][0].work.model
         self._attempts = Attempts(

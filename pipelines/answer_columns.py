@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.answer_parsers import Says
 from pipelines.ask_settings import AskStep, ClassifyStep, EmbedStep, GenerateStep, JudgeStep, ScoreStep
-from pipelines.detokenize import Texts
 from pipelines.judge import ruling
 from pipelines.output_schema import Checker
 from pipelines.settings import SamplingSettings
@@ -63,24 +63,25 @@ class Answers:
 
 
 @singledispatch
-def answer_columns(step: AskStep, answers: Answers, texts: Texts) -> Columns:
+def answer_columns(step: AskStep, answers: Answers, says: Says) -> Columns:
     """The columns of `step.adds`; null where a record has failed. All but a judge make one request for each record."""
     raise NotImplementedError(type(step))
 
 
 @answer_columns.register
-def _generated(step: GenerateStep, answers: Answers, texts: Texts) -> Columns:
-    said = texts(answers.prompts, answers.generations)
-    columns = {"": said, "_finish_reason": answers.generations["finish_reason"], **_tokens(answers)}
+def _generated(step: GenerateStep, answers: Answers, says: Says) -> Columns:
+    said = says(answers.prompts, answers.generations)
+    columns = {"": said.text, "_finish_reason": answers.generations["finish_reason"], **_tokens(answers)}
+    columns |= {f"_{name}": values for name, values in said.beside.items()}
     if step.sampling.output_schema is not None:
-        columns["_parsed"] = parsed(said, step.sampling)
+        columns["_parsed"] = parsed(said.text, step.sampling)
     return columns
 
 
 @answer_columns.register
-def _judged(step: JudgeStep, answers: Answers, texts: Texts) -> Columns:
+def _judged(step: JudgeStep, answers: Answers, says: Says) -> Columns:
     said: dict[int, list[list[str]]] = {}
-    every = texts(answers.prompts, answers.generations).to_pylist()
+    every = says(answers.prompts, answers.generations).text.to_pylist()
     for record, view, text in zip(answers.record.tolist(), answers.view.tolist(), every, strict=True):
         said.setdefault(record, [[] for _ in range(answers.views)])[view].append(text)
     failed = answers.errors["error_code"].is_valid().to_pylist()
@@ -93,12 +94,12 @@ def _judged(step: JudgeStep, answers: Answers, texts: Texts) -> Columns:
 
 
 @answer_columns.register
-def _embedded(step: EmbedStep, answers: Answers, texts: Texts) -> Columns:
+def _embedded(step: EmbedStep, answers: Answers, says: Says) -> Columns:
     return {"": answers.generations["values"]}
 
 
 @answer_columns.register
-def _classified(step: ClassifyStep, answers: Answers, texts: Texts) -> Columns:
+def _classified(step: ClassifyStep, answers: Answers, says: Says) -> Columns:
     likeliest = [None if values is None else values.max() for values in answers.values]
     columns = {
         "": answers.generations["text"].cast(pa.string()),
@@ -110,7 +111,7 @@ def _classified(step: ClassifyStep, answers: Answers, texts: Texts) -> Columns:
 
 
 @answer_columns.register
-def _scored(step: ScoreStep, answers: Answers, texts: Texts) -> Columns:
+def _scored(step: ScoreStep, answers: Answers, says: Says) -> Columns:
     counts = answers.prompts["answer_tokens"].to_pylist()
     sums = [
         None if values is None else float(values[-count:].sum(dtype=np.float64))

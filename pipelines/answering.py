@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.admission import Candidate, Gate, gate_of
+from pipelines.answer_parsers import AnswerParser
 from pipelines.contracts import GENERATION_SCHEMA, Turn, Work
 from pipelines.engine import Answer, Engine, EngineInfo
 from pipelines.errors import EngineDied, RowError
@@ -65,9 +66,10 @@ class Answering:
         priority: int,
         name: str = "",
         recalled: Mapping[int, Answer] = MappingProxyType({}),
+        parser: AnswerParser | None = None,
     ) -> None:
         """`priority`: shards of lower ones enter first. `name`: of the generation. `recalled`: answers that are there
-        already, by position."""
+        already, by position. `parser`: `structured.checking_parser` of the generation."""
         assert parcel.prompts is not None
         self._parcel, self._prompts = parcel, parcel.prompts
         self._work, self.started = work, started
@@ -84,7 +86,8 @@ class Answering:
         """Positions of the rows that are to be answered: those that have a prompt and no answer, each greedy one once."""
         self._results: list[Answer | RowError | None] = [*map(recalled.get, range(len(self._prompts)))]
         self._latencies: list[float] = []
-        self._structured = Structured(work.sampling)
+        self._variables = work.prompt.chat_template_kwargs if work.prompt else None
+        self._structured = Structured(work.sampling, parser)
         self._began = time.monotonic()
         self._first_admitted: float | None = None
 
@@ -208,7 +211,7 @@ class Answering:
                     return await engine.encode(request, token_ids, task)
                 if task.name == "score":
                     return await engine.score(request, token_ids)
-                return await engine.generate(request, token_ids, seed, longest, own)
+                return await engine.generate(request, token_ids, seed, longest, own, self._variables)
         except TimeoutError:
             if engine.last_token_at < began:
                 raise EngineDied(f"no token from any request for {limit:g} s") from None

@@ -72,7 +72,8 @@ class GenerateStep(AskStep):
     """Ask a model about each record; the answer is a column more."""
 
     column: Column
-    """The column of the answers' texts. Beside it come `…_finish_reason`, `…_prompt_tokens` and `…_completion_tokens`."""
+    """The column of the answers' texts. Beside it come `…_finish_reason`, `…_prompt_tokens` and `…_completion_tokens`, and
+    what `sampling` adds: `…_reasoning`, `…_reasoning_tokens`, `…_tool_calls`, `…_parsed`."""
     prompt: PromptSettings
     """As the job's own, over all columns that are there by now."""
     sampling: SamplingSettings = SamplingSettings()
@@ -263,7 +264,7 @@ class PoolingStep(NumbersStep):
     @classmethod
     def _plain(cls, prompt: PromptSettings) -> PromptSettings:
         # Embedding models made of chat models have their templates still, and are not to see them.
-        if prompt.chat is None and not (prompt.system or prompt.messages_column):
+        if prompt.chat is None and not (prompt.system or prompt.messages_column or prompt.tools):
             return prompt.model_copy(update={"chat": False})
         return prompt
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from pipelines.answer_parsers import parser_fields
 from pipelines.histogram import Histogram
 from pipelines.messages import CONVERSATION_TYPE
 from pipelines.output_schema import arrow_type_of
@@ -266,6 +267,7 @@ PROVENANCE_FIELDS = (
 def extra_fields(output: OutputSettings, sampling: SamplingSettings) -> list[pa.Field]:
     """The columns behind `RESULT_FIELDS` that the job asks for."""
     fields = [*PROVENANCE_FIELDS] if output.provenance else []
+    fields += parser_fields(sampling)
     fields += [LOGPROBS_FIELD] if sampling.logprobs is not None else []
     if isinstance(sampling.output_schema, dict):
         fields.append(pa.field("parsed", arrow_type_of(sampling.output_schema)[0]))

@@ -12,15 +12,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import pyarrow as pa
 
 from pipelines.settings import SamplingSettings
 
-#: (prompts, generations) → the text of each generation; tables of `PROMPT_SCHEMA` and `GENERATION_SCHEMA`.
-Texts = Callable[[pa.Table, pa.Table], pa.ChunkedArray]
 _REPLACEMENT = "\ufffd"
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 #: Ids of the prompt that the first guess at its tail takes; the whole prompt where they have no text of their own.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -119,10 +119,12 @@ class Engine(Protocol):
         seed: int | None,
         max_tokens: int | None = None,
         sampling: SamplingSettings | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> Answer:
         """Answer one prompt. Cancelling the call aborts the request inside the engine.
 
-        `max_tokens` and `sampling`: if not those that the engine was opened with.
+        `max_tokens` and `sampling`: if not those that the engine was opened with. `variables`: the chat template's own ones,
+        which may say whether the model reasons.
 
         Raises RowError when the engine refuses this request, EngineDied when the engine is gone, EngineStartError when
         what it loads with the first request does not load.

@@ -22,6 +22,7 @@ DRAY_SETS: dict[str, str] = {
     "model_weights": "give the model as `model.source`",
     "revision": "give it as `model.revision`",
     "tokenizer": "give it as `model.tokenizer`",
+    "reasoning_parser": "give it as `sampling.reasoning_parser`, of each generation that reasons",
     "skip_tokenizer_init": "leave it out: the engine takes the end-of-sequence token from its tokenizer",
     "data_parallel_size": "Dray runs one engine per replica; give `pool.replicas` instead",
     "disable_log_stats": "leave it out: Dray reads the engine's request statistics",

@@ -28,6 +28,7 @@ import ray
 import ray.exceptions
 
 from pipelines.advance import Advance
+from pipelines.answer_parsers import AnswerParser
 from pipelines.answering import Answering, Started, replica_name
 from pipelines.attempts import Attempt, Attempts, History, clear_attempts
 from pipelines.code import check_code
@@ -42,6 +43,7 @@ from pipelines.policy import check_model_allowed
 from pipelines.stage import Failure, Parcel
 from pipelines.stop import StopFlag
 from pipelines.storage import Storage
+from pipelines.structured import checking_parser
 from pipelines.tokenizer import do_without_torch
 from pipelines.turns import Turns
 
@@ -72,7 +74,8 @@ class Generate:
         if own_process:
             end_with_parent()
         if work.model.backend == "simulated":
-            do_without_torch(work.model)
+            if not any(generation.parses for generation in self._generations):
+                do_without_torch(work.model)
         elif own_process:
             end_with_this_process()
         self.storage = Storage(work.output.path, work.output.storage_options)
@@ -85,6 +88,8 @@ class Generate:
         """By the generation's index."""
         self._stop = stop
         self._stopping = False
+        self._parsers: dict[int, AnswerParser | None] = {}
+        """`structured.checking_parser` of each generation, by its index."""
         self._serving: dict[int, Started] = {}
         """The engine as each generation but the first sees it, by its index."""
         self._turns = Turns()
@@ -200,8 +205,17 @@ class Generate:
             started = self._serving[generation.index]
         kept = self._kept.get(generation.index)
         recalled = await asyncio.to_thread(kept.recall, parcel) if kept else {}
+        if generation.index not in self._parsers:
+            self._parsers[generation.index] = await asyncio.to_thread(checking_parser, generation.work)
         return Answering(
-            parcel, generation.work, started, self._request_numbers, arrival, generation.name, recalled
+            parcel,
+            generation.work,
+            started,
+            self._request_numbers,
+            arrival,
+            generation.name,
+            recalled,
+            self._parsers[generation.index],
         )
 
     @asynccontextmanager

@@ -60,6 +60,11 @@ class Generation:
         where = "output" if self.step is None else f"steps.{self.name}"
         return None if self.conversation is None else f"{where}.conversation"
 
+    @property
+    def parses(self) -> bool:
+        """Whether reading its answers takes vLLM's parsers."""
+        return self.writes and self.work.sampling.is_parsed
+
 
 def generations_of(work: Work) -> tuple[Generation, ...]:
     """All generations of a job, in their order; at least one."""

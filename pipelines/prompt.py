@@ -34,6 +34,8 @@ class Tokenizer(Protocol):
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
+    def get_chat_template(self, chat_template: str | None, tools: Any) -> str: ...
+
 
 class PromptBuilder:
     """Builds the prompts of any number of tables. `folders` are the user's own, for `prompt.function`;
@@ -66,6 +68,7 @@ class PromptBuilder:
             needs = {
                 f"{key}.system": settings.system,
                 f"{key}.messages_column": settings.messages_column,
+                f"{key}.tools": settings.tools,
                 f"{key}.chat": settings.chat,
                 conversation or "": conversation,
             }
@@ -75,6 +78,11 @@ class PromptBuilder:
                         f"{name}: the model's tokenizer has no chat template; "
                         f"choose an instruction-tuned model, or leave the key out"
                     )
+        if settings.tools and not _shows_tools(tokenizer, settings.tools):
+            raise SpecError(
+                f"{key}.tools: the model's chat template does not show tools; take a model that was trained to call them, or "
+                "describe them in the system turn"
+            )
         self._conversations = Conversations(settings, folders, key)
 
     def build(self, table: pa.Table) -> pa.Table:
@@ -141,8 +149,10 @@ class PromptBuilder:
 
     def _render_chats(self, conversations: list[list[Message]]) -> list[str | RowError]:
         def render(batch: list[Any]) -> list[str]:
-            # Keys of the job file first: the three below are Dray's to decide.
+            # Keys of the job file first: the others are Dray's to decide.
             options = {**self.settings.chat_template_kwargs, "tokenize": False, "add_generation_prompt": True}
+            if self.settings.tools is not None:
+                options["tools"] = self.settings.tools
             texts: list[str] = self.tokenizer.apply_chat_template(batch, **options)
             return texts
 
@@ -201,6 +211,11 @@ class PromptBuilder:
             else:
                 token_ids[place] = result
         return token_ids
+
+
+def _shows_tools(tokenizer: Tokenizer, tools: list[dict[str, Any]]) -> bool:
+    """Whether the chat template, of several the one for tools, does anything with them: others leave them out silently."""
+    return "tools" in str(tokenizer.get_chat_template(None, tools))
 
 
 def no_prompts(table: pa.Table) -> pa.Table:

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.answer_columns import Answers, answer_columns, parsed
+from pipelines.answer_parsers import Says
 from pipelines.ask_settings import AskStep
 from pipelines.contracts import Counts, Work, result_schema, unpack
-from pipelines.detokenize import Texts
 from pipelines.generations import Generation
 from pipelines.messages import conversations
 from pipelines.seeds import row_seed
@@ -21,16 +21,16 @@ from pipelines.stage import Parcel
 from pipelines.steps import is_good
 
 
-def records_of(parcel: Parcel, generation: Generation, texts: Texts) -> tuple[pa.Table, Counts]:
+def records_of(parcel: Parcel, generation: Generation, says: Says) -> tuple[pa.Table, Counts]:
     """(the shard's records with the answers of this generation; the counts of a step that asks)."""
     if generation.step is None:
-        return build_result(parcel, generation.work, texts), {}
-    records, counts = _with_answers(parcel, generation.step, texts, generation.conversation)
+        return build_result(parcel, generation.work, says), {}
+    records, counts = _with_answers(parcel, generation.step, says, generation.conversation)
     return records, {generation.name: counts}
 
 
 def _with_answers(
-    parcel: Parcel, step: AskStep, texts: Texts, conversation: str | None
+    parcel: Parcel, step: AskStep, says: Says, conversation: str | None
 ) -> tuple[pa.Table, dict[str, int]]:
     """The records that the parcel has as rows, and behind their columns a later generation's.
 
@@ -50,7 +50,7 @@ def _with_answers(
         at = records.column_names.index(name)
         values = pc.coalesce(records[name], answers.errors[name].take(index))
         records = records.set_column(at, records.schema.field(at), values)
-    for suffix, values in answer_columns(step, answers, texts).items():
+    for suffix, values in answer_columns(step, answers, says).items():
         records = records.append_column(f"{step.column}{suffix}", values.take(index))
     if conversation is not None:
         asked_of = prompts["messages"].take(index)
@@ -67,7 +67,7 @@ def _with_answers(
     }
 
 
-def build_result(parcel: Parcel, work: Work, texts: Texts) -> pa.Table:
+def build_result(parcel: Parcel, work: Work, says: Says) -> pa.Table:
     """The part's table in `result_schema`: input rows in order, each once per sample."""
     generations, prompts = parcel.generations, parcel.prompts
     assert generations is not None
@@ -92,8 +92,10 @@ def build_result(parcel: Parcel, work: Work, texts: Texts) -> pa.Table:
         "run_id": pa.repeat(work.run_id, len(generations)),
     }
     if prompted:
+        said = says(prompts, generations)
         columns |= {
-            "generated_text": texts(prompts, generations),
+            "generated_text": said.text,
+            **said.beside,
             "finish_reason": generations["finish_reason"],
             "prompt_tokens": pc.list_value_length(prompt_ids).take(index),
             "completion_tokens": pc.list_value_length(generations["token_ids"]),

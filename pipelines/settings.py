@@ -97,6 +97,20 @@ class PromptSettings(Settings):
     """Apply the model's chat template; default: whenever the model has one."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Extra variables for the model's chat template, for example `enable_thinking`."""
+    tools: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    """Functions that the model may call, as OpenAI's API takes them; the chat template writes them into the prompt."""
+
+    @field_validator("tools")
+    @classmethod
+    def _functions(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        for number, tool in enumerate(tools or (), 1):
+            function = tool.get("function")
+            named = isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]
+            if tool.get("type") != "function" or not named:
+                raise ValueError(
+                    f"tool {number} is not of the form {{type: function, function: {{name: …, description: …, parameters: …}}}}"
+                )
+        return tools
 
     @model_validator(mode="after")
     def _one_source(self) -> PromptSettings:
@@ -108,8 +122,10 @@ class PromptSettings(Settings):
                 f"give exactly one of template, messages_column, prompt_column, function; found {found}. To go on with a "
                 "conversation give messages_column, and the next user turn as template or prompt_column"
             )
-        if self.chat is False and (self.system or self.messages_column):
-            raise ValueError("system and messages_column need the chat template; remove `chat: false`")
+        if self.chat is False and (self.system or self.messages_column or self.tools):
+            raise ValueError("system, messages_column and tools need the chat template; remove `chat: false`")
+        if self.tools and "tools" in self.chat_template_kwargs:
+            raise ValueError("give tools or chat_template_kwargs.tools, not both")
         return self
 
 
@@ -126,6 +142,8 @@ class SimulatedSettings(Settings):
     """Most tokens of an answer."""
     dies_of: Annotated[int, Field(ge=0)] | None = None
     """The engine dies of every prompt that holds this token id; to try out what happens then."""
+    prefix: str = ""
+    """What every answer begins with, for example `<think>so</think>` or a tool call; to try out parsers."""
     stalls_of: Annotated[int, Field(ge=0)] | None = None
     """From a prompt with this token id on, the engine answers nothing any more, until it is replaced."""
 
@@ -245,6 +263,17 @@ class SamplingSettings(Settings):
     repairs: Annotated[int, Field(ge=0, le=10)] | None = None
     """How often an answer that was cut off or is not what `output_schema` or `structured_outputs` asks for is tried again;
     then it is the row's error. Default: once."""
+    reasoning_parser: Text | None = None
+    """vLLM's name of the parser that tells a model's reasoning from its answer, for example `qwen3`, `deepseek_r1`. The
+    reasoning stands in the columns `reasoning` and `reasoning_tokens`; constraints hold for the answer alone."""
+    tool_call_parser: Text | None = None
+    """vLLM's name of the parser that finds a model's calls of `prompt.tools`, for example `hermes`. They stand in the column
+    `tool_calls`, what is said besides in the text."""
+
+    @property
+    def is_parsed(self) -> bool:
+        """Whether answers are taken apart by vLLM's parsers (`pipelines.answer_parsers`)."""
+        return self.reasoning_parser is not None or self.tool_call_parser is not None
 
     @property
     def is_structured(self) -> bool:
@@ -255,6 +284,10 @@ class SamplingSettings(Settings):
     def _consistent(self) -> SamplingSettings:
         if self.output_schema is not None and self.structured_outputs is not None:
             raise ValueError("give output_schema or structured_outputs, not both")
+        if self.output_schema is not None and self.tool_call_parser is not None:
+            raise ValueError(
+                "an answer that follows output_schema calls no tools; leave out one of output_schema, tool_call_parser"
+            )
         if self.temperature == 0.0 and self.n > 1:
             raise ValueError("n > 1 with temperature 0 gives n equal answers; raise the temperature")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

@@ -9,7 +9,7 @@ import itertools
 import struct
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ class SimulatedEngine:
     The tokens of an answer depend on (prompt, seed, sample index) only, so runs repeat exactly, also without a seed.
     Vectors, probabilities and log-probabilities of prompts depend on the prompt only.
     `tokens_per_s` is shared equally by all requests in flight, like a real engine's decode steps. A `choice` is one of its
-    texts; stop strings, bad words and penalties are ignored.
+    texts, behind the `prefix`; stop strings, bad words and penalties are ignored.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class SimulatedEngine:
         self._ids: npt.NDArray[np.int64] = np.empty(0, np.int64)
         self._tokenizer: Any = None
         self._vocab_size = 0
+        self._prefix: list[int] = []
         self._stop_id: int | None = None
 
     async def start(self) -> EngineInfo:
@@ -68,6 +69,7 @@ class SimulatedEngine:
             raise EngineStartError(str(error)) from error
         self._ids = await asyncio.to_thread(_printable_ids, tokenizer)
         self._tokenizer = tokenizer
+        self._prefix = self._ids_of(self._settings.prefix)
         self._vocab_size = len(tokenizer)
         stop_ids = self._sampling.stop_token_ids
         self._stop_id = tokenizer.eos_token_id if not stop_ids else stop_ids[0]
@@ -90,6 +92,7 @@ class SimulatedEngine:
         seed: int | None,
         max_tokens: int | None = None,
         sampling: SamplingSettings | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> Answer:
         sampling = sampling or self._sampling
         prompt, clock = self._admitted(token_ids)
@@ -178,8 +181,8 @@ class SimulatedEngine:
         room = self._max_model_len - len(prompt)
         limit = min(room, max_tokens or room)
         random = np.frombuffer(hashlib.shake_128(key.digest()).digest(4 * wanted), "<u4")
-        ids = self._ids[random % len(self._ids)].tolist()
-        if wanted > limit or sampling.ignore_eos or self._stop_id is None:
+        ids = self._prefix + self._ids[random % len(self._ids)].tolist()
+        if len(ids) > limit or sampling.ignore_eos or self._stop_id is None:
             ids, finish_reason = ids[:limit], "length"
         else:  # like vLLM, the tokens of an answer end in the stop token
             ids[-1], finish_reason = self._stop_id, "stop"
@@ -190,8 +193,13 @@ class SimulatedEngine:
             logprobs=self._logprobs(ids, random, sampling.logprobs),
         )
 
-    def _chosen(self, text: str) -> Sample:
+    def _ids_of(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _chosen(self, choice: str) -> Sample:
+        text = self._settings.prefix + choice
+        ids = self._ids_of(text)
         ended = [] if self._stop_id is None else [self._stop_id]
         return Sample(token_ids=array("i", [*ids, *ended]), text=text, finish_reason="stop", logprobs=None)
 

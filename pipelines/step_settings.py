@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
+from pipelines.answer_parsers import parser_fields
 from pipelines.ask_settings import AskStep, ClassifyStep, EmbedStep, GenerateStep, JudgeStep, ScoreStep
 from pipelines.messages import CONVERSATION_TYPE
 from pipelines.output_schema import arrow_type_of
@@ -306,6 +307,9 @@ class StepSettings(Settings):
             return pa.schema([(name, pa.list_(_plain(type_))) for name, type_ in types.items()])
         step = self.parse or self.map or self.asks
         added = [(name, arrow_type(kind)) for name, kind in (step.adds if step else {}).items()]
+        if self.generate is not None:
+            column = self.generate.column
+            added += [(f"{column}_{one.name}", one.type) for one in parser_fields(self.generate.sampling)]
         if self.generate and isinstance(schema := self.generate.sampling.output_schema, dict):
             added.append((f"{self.generate.column}_parsed", arrow_type_of(schema)[0]))
         if self.generate and self.generate.conversation is not None:

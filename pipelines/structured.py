@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
+from pipelines.answer_parsers import AnswerParser, open_parser
+from pipelines.contracts import Work
 from pipelines.engine import Answer, Sample
 from pipelines.errors import RowError
 from pipelines.output_schema import Checker
@@ -29,10 +31,12 @@ class Spent:
 
 
 class Structured:
-    """The check of one generation's answers. Without constraints every answer passes."""
+    """The check of one generation's answers, of what follows their reasoning. Without constraints every answer passes."""
 
-    def __init__(self, sampling: SamplingSettings) -> None:
+    def __init__(self, sampling: SamplingSettings, parser: AnswerParser | None = None) -> None:
+        """`parser`: `checking_parser` of the generation."""
         self._checker = Checker(sampling)
+        self._parser = parser
         self._most = REPAIRS if sampling.repairs is None else sampling.repairs
         self._again = {
             cut: sampling.model_copy(
@@ -78,4 +82,20 @@ class Structured:
         return replace(answer, samples=samples)
 
     def _problem(self, sample: Sample) -> str | None:
-        return self._checker.problem(sample.text or "", sample.finish_reason)
+        text = sample.text or ""
+        if self._parser is not None:
+            text = self._parser.answer(text, sample.token_ids.tolist())
+            if not text and sample.finish_reason == "length":
+                return "the answer was cut off at max_tokens within its reasoning"
+        return self._checker.problem(text, sample.finish_reason)
+
+
+def checking_parser(work: Work) -> AnswerParser | None:
+    """What tells the part of an answer that a generation's constraints hold for; None where they hold for all of it.
+
+    Raises ModelError, as `open_parser`; blocks.
+    """
+    sampling = work.sampling
+    if not sampling.is_structured or sampling.reasoning_parser is None:
+        return None
+    return open_parser(work.model, sampling, work.prompt)

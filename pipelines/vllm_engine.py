@@ -1,5 +1,5 @@
-"""The real engine: vLLM's AsyncLLM behind `pipelines.engine.Engine`. Only this file and `vllm_requests` import vLLM (0.26 to
-0.32).
+"""The real engine: vLLM's AsyncLLM behind `pipelines.engine.Engine`. Only this file, `vllm_requests`
+and `vllm_parsers` import vLLM (0.26 to 0.32).
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
 
 from pipelines import vllm_log
+from pipelines.answer_parsers import open_parser
 from pipelines.engine import Answer, CacheUse, EngineInfo, StartParts, TokenIds, check_prompt
 from pipelines.engine_args import check_engine_args, known_engine_args
 from pipelines.errors import (
@@ -34,10 +36,12 @@ from pipelines.settings import LoraSettings, ModelSettings, PoolSettings, Sampli
 from pipelines.task import GENERATE, Task
 from pipelines.vllm_defaults import cpu_defaults, gpu_defaults, set_quiet_environment
 from pipelines.vllm_requests import (
+    constraining_parser,
     generated,
     one_line,
     pooled,
     pooling_params,
+    reasoning_options,
     sampling_params,
     scored,
     scoring_params,
@@ -81,6 +85,10 @@ class VLLMEngine:
         self._lora: Any = None
         self._lora_load: asyncio.Future[Any] | None = None
         self._max_model_len = 0
+        self._keeps_special: dict[tuple[Any, ...], bool] = {}
+        """By parsers: whether they read special tokens."""
+        self._knows_reasoning = False
+        """Whether vLLM has the answers' parser of reasoning, behind which alone constraints hold."""
         self._in_flight: set[str] = set()
         self._labels: dict[int, str] = {}
         self._family: list[psutil.Process] = []
@@ -129,6 +137,7 @@ class VLLMEngine:
         seed: int | None,
         max_tokens: int | None = None,
         sampling: SamplingSettings | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> Answer:
         """See `Engine.generate`. `seed` fits into 63 bits; vLLM adds the sample index to it."""
 
@@ -138,7 +147,9 @@ class VLLMEngine:
             params.seed = seed
             params.max_tokens = max_tokens or params.max_tokens
         began = time.monotonic()
-        output = await self._ask(request_id, token_ids, params)
+        reasons = (sampling or self._sampling).reasoning_parser is not None
+        options = reasoning_options(reasons, variables) if self._knows_reasoning else {}
+        output = await self._ask(request_id, token_ids, params, options)
         return generated(output, params, began)
 
     async def encode(self, request_id: str, token_ids: TokenIds, task: Task) -> Answer:
@@ -151,7 +162,13 @@ class VLLMEngine:
         """See `Engine.score`."""
         return scored(await self._ask(request_id, token_ids, scoring_params()))
 
-    async def _ask(self, request_id: str, token_ids: TokenIds, params: Any) -> Any:
+    async def _ask(
+        self,
+        request_id: str,
+        token_ids: TokenIds,
+        params: Any,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Any:
         """vLLM's output for one request; `params`, of sampling or of pooling, say which kind it is. Raises as `generate`."""
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -166,7 +183,11 @@ class VLLMEngine:
         ask = llm.encode if self._task.pools else llm.generate
         # The rendered form of a prompt: vLLM 0.32 sends the raw form (TokensPrompt) through a thread pool first.
         stream: AsyncIterator[Any] = ask(
-            {"type": "token", "prompt_token_ids": prompt}, params, request_id, lora_request=self._lora
+            {"type": "token", "prompt_token_ids": prompt},
+            params,
+            request_id,
+            lora_request=self._lora,
+            **options,
         )
         output: Any = None
         self._in_flight.add(request_id)
@@ -259,10 +280,21 @@ class VLLMEngine:
     def _params_of(self, sampling: SamplingSettings) -> Any:
         """vLLM's parameters for another generation's requests, made once."""
         if id(sampling) not in self._other_params:
-            params = sampling_params(sampling)
+            params = self._sampling_params(sampling)
             params.detokenize = params.detokenize or not _is_fast(self._llm.tokenizer)
             self._other_params[id(sampling)] = (sampling, params)
         return self._other_params[id(sampling)][1]
+
+    def _sampling_params(self, sampling: SamplingSettings) -> Any:
+        """vLLM's parameters. A text that vLLM makes is read by the parsers of `sampling`, if it has any. Raises ModelError."""
+        params = sampling_params(sampling)
+        parsers = (sampling.reasoning_parser, sampling.tool_call_parser, sampling.skip_special_tokens)
+        if parsers not in self._keeps_special:
+            parser = open_parser(self._model, sampling, None)
+            self._keeps_special[parsers] = parser is not None and parser.keeps_special_tokens
+        if self._keeps_special[parsers]:
+            params.skip_special_tokens = False
+        return params
 
     # ── Building ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -298,7 +330,9 @@ class VLLMEngine:
             gpu_bytes = int(current_platform.get_device_total_memory())
             defaults = gpu_defaults(model, self._sampling, self._pool, gpu_bytes, self._others)
         # Before the model loads: a mistake here should not cost minutes.
-        self._params = sampling_params(self._sampling)
+        self._params = self._sampling_params(self._sampling)
+        for sampling in self._others:
+            self._sampling_params(sampling)
         known = known_engine_args()  # a vLLM without an argument of ours goes without it
         values = {name: value for name, value in defaults.items() if known is None or name in known}
         values |= model.engine
@@ -309,6 +343,9 @@ class VLLMEngine:
         elif self._task.name == "score" and "max_num_batched_tokens" not in model.engine:
             batched = values.get("max_num_batched_tokens", SCORED_TOKENS)
             values["max_num_batched_tokens"] = min(batched, SCORED_TOKENS)
+        if parser := constraining_parser((self._sampling, *self._others)):
+            values["reasoning_parser"] = parser
+            self._knows_reasoning = True
         if model.lora is not None:
             values |= {"enable_lora": True, "max_lora_rank": _lora_rank(model.lora, values)}
             self._lora = _lora_request(model.lora)

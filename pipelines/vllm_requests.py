@@ -16,12 +16,15 @@ from pipelines.errors import EngineStartError, ShardError
 from pipelines.settings import SamplingSettings
 from pipelines.task import Task
 
+#: What is made of answers once they are there.
+PARSERS = ("reasoning_parser", "tool_call_parser")
+
 
 def sampling_params(sampling: SamplingSettings) -> Any:
     """vLLM's SamplingParams for all requests of the job; seed and max_tokens may differ, see `VLLMEngine.generate`."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-    ours = {"seed", "max_tokens_column", "output_schema", "structured_outputs", "repairs"}
+    ours = {"seed", "max_tokens_column", "output_schema", "structured_outputs", "repairs", *PARSERS}
     values = sampling.model_dump(exclude=ours)
     try:
         params = SamplingParams(
@@ -80,6 +83,23 @@ def structured_args(samplings: Sequence[SamplingSettings], values: Mapping[str, 
         return {}
     config = StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)
     return {"structured_outputs_config": config}
+
+
+def constraining_parser(samplings: Sequence[SamplingSettings]) -> str | None:
+    """The parser of reasoning that an engine needs to hold constraints for what follows it; None where it needs none."""
+    return next(
+        (one.reasoning_parser for one in samplings if one.reasoning_parser and one.is_structured), None
+    )
+
+
+def reasoning_options(reasons: bool, variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What an engine that knows a parser of reasoning is told about one request.
+
+    `reasons`: whether its answer is read by that parser; else constraints hold from its first token on, as a judge's do.
+    """
+    if not reasons:
+        return {"reasoning_ended": True}
+    return {"reasoning_parser_kwargs": {"chat_template_kwargs": dict(variables or {})}}
 
 
 def generated(output: Any, params: Any, began: float) -> Answer:

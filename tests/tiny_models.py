@@ -80,6 +80,51 @@ def with_weights(folder: Path) -> Path:
     return folder
 
 
+#: Of models that reason and call tools; each is one token, and none is special, as Qwen3 has them.
+MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
+def thinking_tokenizer(folder: Path) -> Path:
+    """`byte_level` with `MARKERS`, and a chat template that shows the names of tools."""
+    from transformers import AutoTokenizer
+
+    byte_level(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(list(MARKERS))
+    tokenizer.chat_template = (
+        "{% for tool in tools or () %}[{{ tool.function.name }}]{% endfor %}"
+        "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}<think>"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def thinking_model(folder: Path, ends: float = 0.2) -> Path:
+    """A model on `thinking_tokenizer` that says any token, but `</think>` each time with this probability.
+
+    Its layers add nothing, and the first dimension is the same for all tokens: there the head has a bias for each.
+    """
+    import math
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with_weights(thinking_tokenizer(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    mark = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("</think>")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight[:, 0] = 10.0
+        said = model.model.norm(model.model.embed_tokens.weight)[:, 0].mean()
+        head = model.lm_head.weight
+        head.zero_()
+        head[mark, 0] = math.log(len(head) * ends / (1 - ends)) / said
+    model.save_pretrained(folder)
+    return folder
+
+
 def embedding_model(folder: Path) -> Path:
     """A two-layer Llama without a head and with random weights; its tokenizer has a chat template, as chat models' have."""
     from transformers import LlamaModel

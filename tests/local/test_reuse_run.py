@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 from jobs.inspect import report_of
 from pipelines.storage import Storage
 from tests.local.runs import content, dray, job, write_questions
+
+pytestmark = pytest.mark.long
 
 SAMPLED = {"temperature": 1.0, "seed": 0, "max_tokens": 24}
 

@@ -31,6 +31,7 @@ def work(folder: Path, **simulated: Any) -> Work:
         "Work",
         SimpleNamespace(
             task=GENERATE,
+            prompt=None,
             run_id="r",
             sampling=SamplingSettings(n=2),
             errors=ErrorSettings(),

@@ -48,6 +48,7 @@ def test_vllm_is_not_imported() -> None:
         ("data_parallel_size", "`pool.replicas`"),
         ("data_parallel_rank", "`pool.replicas`"),
         ("skip_tokenizer_init", "end-of-sequence"),
+        ("reasoning_parser", "`sampling.reasoning_parser`"),
     ],
 )
 def test_a_mistaken_key_is_named_with_what_to_do(key: str, hint: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def test_what_does_not_change_it(override: str) -> None:
         "prompt.chat=false",
         "prompt.chat=true",
         "prompt.chat_template_kwargs.x=1",
+        "prompt.tools=[{type: function, function: {name: f}}]",
         "model.source=org/other",
         "model.revision=abc",
         "model.tokenizer=org/other",
@@ -85,6 +87,8 @@ def test_what_does_not_change_it(override: str) -> None:
         "sampling.seed=0",
         "sampling.stop=x",
         "sampling.logprobs=0",
+        "sampling.reasoning_parser=qwen3",
+        "sampling.tool_call_parser=hermes",
         "sampling.max_tokens=null",
         "output.columns=[a]",
         "output.rename.a=c",
@@ -98,10 +102,20 @@ def test_what_changes_it(override: str) -> None:
     assert any(line.startswith(override.partition("=")[0]) for line in told), told
 
 
+def test_the_order_in_which_a_tools_keys_stand_counts_since_the_prompt_has_it() -> None:
+    tool = {"name": "f", "description": "d"}
+    one, other = (
+        of(f"prompt.tools={json.dumps([{'type': 'function', 'function': function}])}")
+        for function in (tool, dict(reversed(tool.items())))
+    )
+    assert fingerprint(one) != fingerprint(other)
+
+
 def test_simulated_answers_count_and_their_speed_does_not() -> None:
     base = of("model.backend=simulated")
     assert fingerprint(of("model.backend=simulated", "model.simulated.start_s=3")) == fingerprint(base)
-    assert fingerprint(of("model.backend=simulated", "model.simulated.min_tokens=3")) != fingerprint(base)
+    for content in ("min_tokens=3", "prefix=<think>so</think>"):
+        assert fingerprint(of("model.backend=simulated", f"model.simulated.{content}")) != fingerprint(base)
 
 
 def test_run_variables_count_as_written_and_environment_variables_by_value() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -244,3 +248,26 @@ def test_a_judges_votes_on_elements_are_taken_over(tmp_path: Path, sampling: dic
     fewer = [*steps, {"filter": {"where": "better != 'tie'"}}]
     kept = {key: row for key, row in content(first).items() if row["better"] != "tie"}
     assert content(answered(tmp_path, "fewer", "first", sampling=sampling, steps=fewer)) == kept
+
+
+def test_another_process_finds_them_under_the_same_name(tmp_path: Path) -> None:
+    questions(tmp_path / "in", ["a"])
+    settings = job(
+        tmp_path / "in", tmp_path / "out", reuse={"keep": True}, model={"engine": {"max_model_len": 256}}
+    )
+    code = (
+        "import json, sys; from jobs import load; from jobs.reuse import reuse_of; "
+        "print(reuse_of(load(json.loads(sys.argv[1]))).digests)"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code, json.dumps(settings)],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},  # in which order a set of names comes
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+        for seed in (1, 2, 3)
+    }
+    assert len(told) == 1

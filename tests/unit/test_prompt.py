@@ -273,6 +273,39 @@ def test_chat_template_variables() -> None:
     assert found == ["<|user|> a <|assistant|>!"]
 
 
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def test_tools_stand_where_the_chat_template_puts_them() -> None:
+    template = "{% for tool in tools or () %}[{{ tool.function.name }}] {% endfor %}" + CHAT
+    assert texts(rows(x=["a"]), template, template="{{ x }}", tools=[TOOL]) == [
+        "[weather] <|user|> a <|assistant|>"
+    ]
+    assert texts(rows(x=["a"]), template, template="{{ x }}") == ["<|user|> a <|assistant|>"]
+
+
+def test_a_chat_template_that_would_leave_tools_out_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"^prompt\.tools: the model's chat template does not show tools"):
+        texts(rows(x=["a"]), CHAT, template="{{ x }}", tools=[TOOL])
+    with pytest.raises(SpecError, match=r"^prompt\.tools: the model's tokenizer has no chat template"):
+        texts(rows(x=["a"]), None, template="{{ x }}", tools=[TOOL])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tools": [TOOL, {"name": "weather"}]}, "tool 2 is not of the form"),
+        ({"tools": [{**TOOL, "function": {"name": ""}}]}, "tool 1 is not of the form"),
+        ({"tools": []}, "at least 1"),
+        ({"tools": [TOOL], "chat": False}, "tools need the chat template"),
+        ({"tools": [TOOL], "chat_template_kwargs": {"tools": [TOOL]}}, "not both"),
+    ],
+)
+def test_what_is_no_tool(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PromptSettings(template="x", **wrong)
+
+
 def test_a_row_that_the_chat_template_refuses() -> None:
     found = build(rows(x=["a", "refuse", "b"]), CHAT, template="{{ x }}")
     assert [row["error_code"] for row in found] == [None, "prompt_error", None]
