@@ -18,7 +18,7 @@ from jobs.limits import BudgetSettings
 from jobs.places import overlap
 from jobs.schedule import ScheduleSettings
 from pipelines.answer_parsers import parser_problems
-from pipelines.ask_settings import AskStep
+from pipelines.ask_settings import AskStep, GenerateStep
 from pipelines.contracts import extra_fields, result_fields, result_schema
 from pipelines.engine_args import check_engine_args
 from pipelines.errors import ModelError, SpecError
@@ -407,11 +407,20 @@ def _runner_problems(key: str, model: ModelSettings, task: Task) -> list[str]:
 
 
 def _parser_problems(spec: JobSpec) -> list[str]:
-    """Parsers that the installed vLLM does not have, and two for the answers of one model: an engine knows one."""
+    """Parsers that the installed vLLM does not have; two for the answers of one model, since an engine knows one; and calls
+    of tools that a conversation would lose."""
     asked = {"sampling": (spec.model, spec.sampling)} if spec.prompt else {}
+    told = {"output": (spec.output.conversation, spec.sampling)}
     for key, step in spec.asking_steps.items():
         asked[f"{key}.sampling"] = (step.model or spec.model, step.asked_sampling)
-    problems = []
+        if isinstance(step, GenerateStep):
+            told[key] = (step.conversation, step.sampling)
+    problems = [
+        f"{key}.conversation: holds role and content, and calls of tools have no place in it; leave out one of it and "
+        "sampling.tool_call_parser, and make the messages from the columns in a map step"
+        for key, (conversation, sampling) in told.items()
+        if conversation is not None and sampling.tool_call_parser is not None
+    ]
     first: dict[str, tuple[str, str]] = {}
     for key, (model, sampling) in asked.items():
         problems += parser_problems(key, sampling, model.engine)

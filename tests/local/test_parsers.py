@@ -190,6 +190,24 @@ def test_steps_have_parsers_of_their_own(model: Path, tmp_path: Path) -> None:
     assert all(text for (text,) in columns(output, "said"))
 
 
+def test_a_conversation_goes_on_with_what_was_said_alone(model: Path, tmp_path: Path) -> None:
+    sampling = {"temperature": 0, "max_tokens": 100, "reasoning_parser": "qwen3"}
+    settings = simulated(
+        model,
+        tmp_path,
+        "out",
+        sampling=sampling,
+        output={"path": str(tmp_path / "out"), "conversation": "chat"},
+    )
+    settings["model"]["simulated"] = {"prefix": "<think>ab</think>", "max_tokens": 4}
+    for chat, text in columns(committed(settings), "chat", "generated_text"):
+        assert chat[-1] == {"role": "assistant", "content": text}
+        assert "ab" not in text
+    settings["sampling"] = {**sampling, "tool_call_parser": "hermes"}
+    with pytest.raises(SpecError, match=r"output\.conversation: holds role and content.*tool_call_parser"):
+        load(settings)
+
+
 def test_an_answer_that_was_cut_within_its_reasoning_is_no_failure(model: Path, tmp_path: Path) -> None:
     settings = simulated(model, tmp_path, "out")
     settings["sampling"]["max_tokens"] = 2
