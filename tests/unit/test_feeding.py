@@ -33,6 +33,7 @@ def seconds(size: int, shards_in_flight: int) -> float:
     return run_shards([engine], cut, shards_in_flight=shards_in_flight, learn=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [128, 256, 512])
 def test_small_shards_keep_an_engine_as_full_as_one_large_shard_does(size: int) -> None:
     shards = -(-4_000 // size)

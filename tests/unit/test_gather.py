@@ -311,6 +311,7 @@ def test_a_gathered_row_keeps_its_failure_from_after_it(tmp_path: Path, code: st
     assert (stats.rows_failed, stats.rows_dropped, stats.rows_ok) == (1, 5, 0)
 
 
+@pytest.mark.slow
 def test_a_gathered_row_is_one_chat_of_an_export(tmp_path: Path) -> None:
     write_lists(tmp_path / "in")
     output = committed(settings(tmp_path, EXPLODE, GATHER))

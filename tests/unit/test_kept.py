@@ -250,6 +250,7 @@ def test_a_judges_votes_on_elements_are_taken_over(tmp_path: Path, sampling: dic
     assert content(answered(tmp_path, "fewer", "first", sampling=sampling, steps=fewer)) == kept
 
 
+@pytest.mark.slow
 def test_another_process_finds_them_under_the_same_name(tmp_path: Path) -> None:
     questions(tmp_path / "in", ["a"])
     settings = job(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -108,6 +109,7 @@ def test_a_limit_that_no_answer_has_shown_yet_is_taken_for_a_longer_answer() -> 
     assert 15 < known.predict(100, 40) < 25
 
 
+@pytest.mark.slow
 def test_known_limits_shorten_the_end_of_a_run() -> None:
     """SIMULATED: one 7B engine, long-tailed answers as long as their rows allow, in shards that alone do not fill it."""
     table = WORKLOADS["W2"].table(1_500)

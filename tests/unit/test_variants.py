@@ -75,6 +75,7 @@ def test_each_column_becomes_a_record(rows: list[tuple[int | None, int | None, b
     assert written.schema == with_steps(table.schema, settings)
 
 
+@pytest.mark.slow
 def test_variants_times_models_answer_as_each_pair_alone(tmp_path: Path) -> None:
     asked = write_questions(tmp_path / "in", rows=10)
     crossed = [VARIANTS, asking("small"), asking("large", model=OTHER), STACK]
