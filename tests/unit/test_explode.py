@@ -364,6 +364,7 @@ def test_the_elements_of_a_row_stay_in_one_split(tmp_path: Path) -> None:
     assert (len(rows["train"]) > 0, len(rows["train"]) + len(rows["test"])) == (True, 40)
 
 
+@pytest.mark.slow
 def test_chats_are_not_exported_once_for_each_element(tmp_path: Path) -> None:
     write_lists(tmp_path / "in")
     output = committed(settings(tmp_path, EXPLODE))

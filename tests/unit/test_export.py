@@ -179,6 +179,7 @@ def test_the_dagster_definition_compiles(call: Call, overlap: str) -> None:
     compile(EXPORTS["dagster"](job(overlap=overlap), call), "definitions.py", "exec")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # Dagster's own
 @pytest.mark.parametrize("overlap", ["skip", "queue"])
 def test_dagster_loads_and_runs_the_definition(call: Call, overlap: str, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_all_descendants_end_with_an_owner_that_is_killed() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", _OWNER], cwd=ROOT, stdout=subprocess.PIPE, text=True

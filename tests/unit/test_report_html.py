@@ -90,6 +90,7 @@ def many(facts: Facts, count: int) -> Facts:
     return replace(facts, books=replace(facts.books, parts=parts))
 
 
+@pytest.mark.slow
 def test_page_is_inert_and_bounded(tmp_path: Path) -> None:
     facts = facts_of(made(tmp_path).storage)
     report = replace(facts.report, job=EVIL, problems=(EVIL,), output=EVIL, engines=(EVIL,))
