@@ -29,7 +29,7 @@ from jobs.loading import load
 from jobs.proposal import propose, work_of
 from pipelines.answering import Answering, Started
 from pipelines.contracts import Work
-from pipelines.engine import Engine, open_engine
+from pipelines.engine import Engine, EngineInfo, open_engine
 from pipelines.prepare import Prepare
 from pipelines.stage import Parcel
 
@@ -43,25 +43,24 @@ def main(job_file: str, answers: str) -> dict[str, Any]:
     work = work_of(job, plan.input_schema, fingerprint=plan.fingerprint, run_id="loop")
     prepare = Prepare(work)
     parcels = [prepare.shard(Parcel(shard=shard)) for shard in plan.shards]
-    prepared = time.monotonic()
+    prepare_s = time.monotonic() - began
     settled = engines_of(job.spec, hardware_here(job.spec)).pool
     rows = sum(shard.rows or 0 for shard in plan.shards)
     pool = fed(settled, work.model, work.sampling, shards=len(plan.shards), rows=rows)
     assert pool.shards_in_flight != "auto"
     engine = open_engine(work.model, work.sampling, pool)
-    done, ready_at, ended_at = asyncio.run(_answered(engine, work, parcels, pool.shards_in_flight))
+    done, info, ended_at = asyncio.run(_answered(engine, work, parcels, pool.shards_in_flight))
     _write(done, Path(answers))
-    start_s = ready_at - time.time() + time.monotonic() - prepared
     return {
-        "phases": {"prepare_s": prepared - began, "engine_start_s": start_s},
-        "passes": [{"variant": "", "ready_at": ready_at, "written_at": ended_at, "output": [answers]}],
+        "phases": {"prepare_s": prepare_s, "engine_start_s": info.start_s},
+        "passes": [{"variant": "", "ready_at": info.ready_at, "written_at": ended_at, "output": [answers]}],
     }
 
 
 async def _answered(
     engine: Engine, work: Work, parcels: list[Parcel], in_flight: int
-) -> tuple[list[Parcel], float, float]:
-    """The shards with their answers, and the Unix times of the engine being ready and of the last answer."""
+) -> tuple[list[Parcel], EngineInfo, float]:
+    """The shards with their answers, the engine, and the Unix time of the last answer."""
     try:
         info = await engine.start()
         started, numbers = Started.of(engine, info, work), itertools.count()
@@ -76,7 +75,7 @@ async def _answered(
         async with asyncio.TaskGroup() as group:
             for place, parcel in enumerate(parcels):
                 group.create_task(one(place, parcel))
-        return done, info.ready_at, time.time()
+        return done, info, time.time()
     finally:
         await engine.stop()
 

@@ -195,7 +195,7 @@ def openai(as_json: bool, **options: Any) -> None:
     from jobs.dataset_formats import LineSink, as_chats
     from jobs.loading import load
     from jobs.proposal import own_folders
-    from jobs.spec import prompt_columns
+    from jobs.spec_columns import prompt_columns
 
     def chats(record: dict[str, Any]) -> Any:
         # The job as it was run, not as its file is by now.

@@ -29,7 +29,7 @@ from jobs.intervals import Interval, mean_of_windows, share_of, total_of
 from jobs.loading import LoadedJob
 from jobs.proposal import input_schema, work_of
 from jobs.sampling import RowSample, sample_rows
-from jobs.spec import needed_columns
+from jobs.spec_columns import needed_columns
 from pipelines.answering import Answering, Started
 from pipelines.contracts import Shard, Work
 from pipelines.engine import Engine, EngineInfo, open_engine

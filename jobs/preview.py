@@ -16,7 +16,7 @@ from rich.markup import escape
 from jobs.cutting import cut_lazily
 from jobs.loading import LoadedJob
 from jobs.proposal import input_schema, work_of
-from jobs.spec import needed_columns
+from jobs.spec_columns import needed_columns
 from pipelines.advance import Advance, Reading, row_of
 from pipelines.answer_parsers import parser_fields
 from pipelines.answering import Answering, Started

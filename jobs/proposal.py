@@ -23,7 +23,8 @@ from jobs.output_schemas import json_columns
 from jobs.pinning import described, pinned
 from jobs.planning import Plan, extend, load_plan, new_plan, save_plan, summary
 from jobs.reuse import reuse_of
-from jobs.spec import JobSpec, check_against_schema, needed_columns
+from jobs.spec import JobSpec
+from jobs.spec_columns import check_against_schema, needed_columns
 from pipelines.code import code_digest, code_path, load_function, user_folders
 from pipelines.contracts import InputFile, Work, result_schema
 from pipelines.errors import InputError, OutputError, OutputLocked

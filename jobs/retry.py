@@ -32,7 +32,7 @@ from jobs.proposal import checked_identity, work_of
 from jobs.report import Report
 from jobs.runner import Driver, Observer, Progress
 from jobs.shared_ledger import announcer
-from jobs.spec import check_against_schema
+from jobs.spec_columns import check_against_schema
 from jobs.stopping import StopRequest
 from pipelines.attempts import clear_attempts
 from pipelines.contracts import Retry, Shard, result_schema

@@ -22,7 +22,8 @@ from jobs.cutting import cut_lazily
 from jobs.engines import Engines, engines_of, hardware_here
 from jobs.loading import LoadedJob
 from jobs.proposal import input_schema, work_of
-from jobs.spec import JobSpec, needed_columns
+from jobs.spec import JobSpec
+from jobs.spec_columns import needed_columns
 from jobs.tune import Setup, Sweep, Trial
 from jobs.tune_bench import Bench
 from pipelines import __version__

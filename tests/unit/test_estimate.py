@@ -19,7 +19,7 @@ from jobs.estimate import estimate
 from jobs.loading import load
 from jobs.proposal import input_schema, work_of
 from jobs.sampling import RowSample, sample_rows
-from jobs.spec import needed_columns
+from jobs.spec_columns import needed_columns
 from pipelines.errors import SpecError
 from pipelines.listing import list_files
 from tests.local.runs import job

@@ -11,7 +11,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from jobs.places import overlap
-from jobs.spec import JobSpec, check_against_schema, needed_columns
+from jobs.spec import JobSpec
+from jobs.spec_columns import check_against_schema, needed_columns
 from pipelines.errors import SpecError
 from pipelines.settings import PromptSettings
 
