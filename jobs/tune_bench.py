@@ -13,12 +13,13 @@ import itertools
 import math
 import multiprocessing as mp
 import os
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -28,12 +29,22 @@ from pipelines.errors import DrayError, EngineDied, EngineStartError, JobError, 
 from pipelines.lengths import HELD, Lengths
 from pipelines.settings import AdmissionSettings, ModelSettings, PoolSettings, SamplingSettings
 
-#: Parts of a window that are looked at apart, to tell how steady the speed is.
+#: Parts of a measurement that are looked at apart, to tell how steady the speed is.
 PARTS = 3
+#: Windows that a measurement takes at most, where answers take longer than one.
+MOST_WINDOWS = 3
 #: Seconds for running engines to stop, after a setup's last measurement.
 STOP_S = 5.0
 #: Requests that a feed says it has.
 _ENDLESS = 10**9
+
+
+class Asked(NamedTuple):
+    """A prompt of the job."""
+
+    token_ids: list[int]
+    max_tokens: int | None
+    """The row's own, from `sampling.max_tokens_column`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class Rate:
     highest: float
     seconds: float
     requests: int
-    """Answers that ended within the window."""
+    """Answers that ended meanwhile."""
     failed: int
 
 
@@ -59,7 +70,7 @@ class Bench:
         model: ModelSettings,
         sampling: SamplingSettings,
         pool: PoolSettings,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Asked],
         environment: dict[str, str],
     ) -> None:
         context = mp.get_context("spawn")
@@ -157,7 +168,7 @@ def _serve(
     model: ModelSettings,
     sampling: SamplingSettings,
     pool: PoolSettings,
-    prompts: list[list[int]],
+    prompts: list[Asked],
     number: int,
     environment: dict[str, str],
 ) -> None:
@@ -170,7 +181,7 @@ async def _answer_all(
     connection: Connection,
     engine: Engine,
     sampling: SamplingSettings,
-    prompts: list[list[int]],
+    prompts: list[Asked],
     number: int,
 ) -> None:
     try:
@@ -182,7 +193,7 @@ async def _answer_all(
             if order is None:
                 return
             admission, window_s = order
-            feed = _Feed(engine, gate_of(admission, engine, info), lengths, requests)
+            feed = Feed(engine, gate_of(admission, engine, info), lengths, requests, sampling)
             try:
                 connection.send(await feed.measure(window_s))
                 await asyncio.to_thread(_next_order, connection)
@@ -202,43 +213,69 @@ def _next_order(connection: Connection) -> Any:
         return None
 
 
-class _Feed:
+class Feed:
     """Requests without end through one gate; their line (`pipelines.admission.Line`)."""
 
-    def __init__(self, engine: Engine, gate: Gate, lengths: Lengths, prompts: Iterator[list[int]]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        gate: Gate,
+        lengths: Lengths,
+        prompts: Iterator[Asked],
+        sampling: SamplingSettings,
+    ) -> None:
         self._engine, self._gate, self._lengths, self._prompts = engine, gate, lengths, prompts
+        self._sampling, self._dice = sampling, random.Random(0)
         self._next = next(prompts)
         self._numbers = itertools.count()
         self._running: set[asyncio.Task[None]] = set()
         self._ended = self._failed = 0
         self._error: DrayError | None = None
+        self._filling = True
         gate.enter(0, self)
+        self._filling = False
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def peek(self, longest: bool) -> Candidate:
-        expected = self._lengths.predict(len(self._next))
-        return Candidate(expected, len(self._next) + math.ceil(HELD * expected))
+        prompt = len(self._next.token_ids)
+        expected = self._lengths.predict(prompt, self._next.max_tokens)
+        return Candidate(expected, prompt + math.ceil(HELD * expected))
 
     def start(self, kv_tokens: int) -> None:
-        prompt, self._next = self._next, next(self._prompts)
-        task = asyncio.create_task(self._one(f"tune-{id(self)}-{next(self._numbers)}", prompt))
+        asked, self._next = self._next, next(self._prompts)
+        cut = self._cut(asked) if self._filling else None
+        task = asyncio.create_task(self._one(f"tune-{id(self)}-{next(self._numbers)}", asked, cut))
         self._running.add(task)
         task.add_done_callback(partial(self._done, kv_tokens))
 
+    def _cut(self, asked: Asked) -> int | None:
+        """What is left of an answer that is met on its way: a random share of its limit; None where there is no limit.
+
+        Requests that all begin at once read their prompts at once and then all write, at several times the speed that lasts.
+        """
+        limit = asked.max_tokens or self._sampling.max_tokens
+        return limit and max(self._sampling.min_tokens, math.ceil(self._dice.random() * limit))
+
     async def measure(self, window_s: float) -> Rate:
-        """Wait until as many answers have ended as were first admitted (a window long at most), then look."""
-        warm_until = time.monotonic() + window_s
+        """Wait until as many answers have ended as were first admitted (`MOST_WINDOWS` at most), then look for a window, or
+        until as many have ended again (as long at most): less is not what lasts where answers take longer.
+        """
+        warm_until = time.monotonic() + MOST_WINDOWS * window_s
         await asyncio.sleep(0.2)
         first = self._gate.in_flight
         while self._ended < first and time.monotonic() < warm_until:
             await self._pause(0.05)
         marks = [(time.monotonic(), self._engine.output_tokens)]
         ended, failed = self._ended, self._failed
-        for _ in range(PARTS):
-            await self._pause(window_s / PARTS)
-            marks.append((time.monotonic(), self._engine.output_tokens))
+        for _ in range(MOST_WINDOWS):
+            for _ in range(PARTS):
+                await self._pause(window_s / PARTS)
+                marks.append((time.monotonic(), self._engine.output_tokens))
+            if self._ended - ended >= first:
+                break
+        marks = marks[:: (len(marks) - 1) // PARTS]
         rates = [(n2 - n1) / (t2 - t1) for (t1, n1), (t2, n2) in itertools.pairwise(marks)]
         seconds = marks[-1][0] - marks[0][0]
         return Rate(
@@ -267,10 +304,12 @@ class _Feed:
         self._running.discard(task)
         self._gate.leave(kv_tokens)
 
-    async def _one(self, request_id: str, prompt: list[int]) -> None:
+    async def _one(self, request_id: str, asked: Asked, cut: int | None) -> None:
         try:
-            answer = await self._engine.generate(request_id, prompt, None)
-            self._lengths.learn(len(prompt), sum(len(sample.token_ids) for sample in answer.samples))
+            answer = await self._engine.generate(request_id, asked.token_ids, None, cut or asked.max_tokens)
+            if cut is None:
+                tokens = sum(len(sample.token_ids) for sample in answer.samples)
+                self._lengths.learn(len(asked.token_ids), tokens, asked.max_tokens)
         except RowError:
             self._failed += 1
         except EngineDied as error:
@@ -279,26 +318,26 @@ class _Feed:
         self._ended += 1
 
 
-def fresh_prompts(prompts: Sequence[Sequence[int]], number: int) -> Iterator[list[int]]:
+def fresh_prompts(prompts: Sequence[Asked], number: int) -> Iterator[Asked]:
     """The prompts over and over, from another one on for each engine, and never twice the same.
 
     A prompt that comes again would be found in the prefix cache, which the job's own are not. So its first tokens after
     what all prompts have in common change with each round; a shared system prompt stays shared, as in the job.
     """
-    common = _common_prefix(prompts)
+    common = _common_prefix([prompt.token_ids for prompt in prompts])
     start = number * len(prompts) // 7 % len(prompts)
     order = [*prompts[start:], *prompts[:start]]
-    tokens = sorted({token for prompt in prompts for token in prompt[common:]})
+    tokens = sorted({token for prompt in prompts for token in prompt.token_ids[common:]})
     places = {token: place for place, token in enumerate(tokens)}
     for turn in itertools.count():
         for prompt in order:
-            ids, rest = list(prompt), turn
+            ids, rest = list(prompt.token_ids), turn
             for position in range(
                 common, min(common + 3, len(ids))
             ):  # `turn` in digits of as many values as tokens
                 ids[position] = tokens[(places[ids[position]] + rest) % len(tokens)]
                 rest //= len(tokens)
-            yield ids
+            yield Asked(ids, prompt.max_tokens)
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:

@@ -25,7 +25,7 @@ from jobs.proposal import input_schema, work_of
 from jobs.spec import JobSpec
 from jobs.spec_columns import needed_columns
 from jobs.tune import Setup, Sweep, Trial
-from jobs.tune_bench import Bench
+from jobs.tune_bench import Asked, Bench
 from pipelines import __version__
 from pipelines.errors import InputError, JobError, OutputError, SpecError
 from pipelines.listing import list_files
@@ -144,9 +144,9 @@ def tune(
             "`dray tune` measures on this machine, which has no GPU that the job could use: run it on a GPU host, or with "
             "pool.device=cpu"
         )
-    token_ids = sample_prompts(job, prompts)
+    asked = sample_prompts(job, prompts)
     found = Sweep(
-        open_bench=lambda setup: _bench(spec, engines, setup, token_ids),
+        open_bench=lambda setup: _bench(spec, engines, setup, asked),
         first=_first(spec, engines),
         own=spec.pool.admission,
         seconds=seconds,
@@ -174,8 +174,8 @@ def tune(
         model=Path(spec.model.source).name if os.path.isabs(spec.model.source) else spec.model.source,
         device=device,
         engine=name,
-        prompts=len(token_ids),
-        prompt_tokens=sum(map(len, token_ids)) / len(token_ids),
+        prompts=len(asked),
+        prompt_tokens=sum(len(prompt.token_ids) for prompt in asked) / len(asked),
         command=command,
         path=Path(out)
         if out
@@ -195,19 +195,20 @@ def tune(
     return tuned
 
 
-def sample_prompts(job: LoadedJob, count: int) -> list[list[int]]:
-    """Token ids of up to `count` of the job's prompts, from places all over the input, shuffled by a fixed seed."""
+def sample_prompts(job: LoadedJob, count: int) -> list[Asked]:
+    """Up to `count` of the job's prompts, from places all over the input, shuffled by a fixed seed."""
     files = list_files(job.spec.input, needed_columns(job.spec))
     work = work_of(job, input_schema(job.spec, files), fingerprint="", run_id="tune")
     each = max(1, -(-count // _PLACES))
     shards = list(islice(cut_lazily(files, each), _LOOKED_AT))
     step = max(1, len(shards) // _PLACES)
     prepare = Prepare(work)
-    found: list[list[int]] = []
+    found: list[Asked] = []
     for shard in (*shards[::step], *(s for i, s in enumerate(shards) if i % step)):
         prompts = prepare.shard(Parcel(shard=shard)).prompts
         assert prompts is not None
-        found += [ids for ids in prompts["token_ids"].to_pylist() if ids]
+        both = zip(prompts["token_ids"].to_pylist(), prompts["max_tokens"].to_pylist(), strict=True)
+        found += [Asked(ids, limit) for ids, limit in both if ids]
         if len(found) >= count:
             break
     if not found:
@@ -237,7 +238,7 @@ def _packings(spec: JobSpec, engines: Engines) -> tuple[int, ...]:
     return tuple(n for n in range(max(engines.most, MOST_PACKED), 0, -1) if n != engines.pool.engines_per_gpu)
 
 
-def _bench(spec: JobSpec, engines: Engines, setup: Setup, prompts: list[list[int]]) -> Bench:
+def _bench(spec: JobSpec, engines: Engines, setup: Setup, prompts: list[Asked]) -> Bench:
     """Engines as a run would start them: on one GPU (or one engine's), or on the CPU with a core left for the rest."""
     model = spec.model.model_copy(update={"engine": {**spec.model.engine, **setup.engine}})
     pool = spec.pool.model_copy(

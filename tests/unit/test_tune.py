@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import itertools
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 
 from jobs.loading import load
 from jobs.tune import MARGIN, Setup, Sweep, Trial
-from jobs.tune_bench import Rate, fresh_prompts
+from jobs.tune_bench import Asked, Feed, Rate, fresh_prompts
 from jobs.tuned import Tuned
-from pipelines.engine import EngineInfo
+from pipelines.admission import Gate, admission_policy
+from pipelines.engine import Answer, Engine, EngineInfo, Sample
 from pipelines.errors import EngineStartError, Interrupted, JobError
-from pipelines.settings import AdmissionSettings
+from pipelines.lengths import Lengths
+from pipelines.settings import AdmissionSettings, SamplingSettings
 
 Speed = Callable[[Setup, AdmissionSettings], float]
 
@@ -203,10 +208,64 @@ def test_an_interrupt_leaves_what_was_found() -> None:
 
 def test_prompts_never_come_twice_but_keep_what_they_share() -> None:
     prompts = [[1, 2, 3, place, place + 1, 9] for place in range(50)]
-    seen = [tuple(ids) for ids in islice(fresh_prompts(prompts, 0), 500)]
-    assert [list(ids) for ids in seen[:50]] == prompts
+    asked = [Asked(ids, place) for place, ids in enumerate(prompts)]
+    found = list(islice(fresh_prompts(asked, 0), 500))
+    assert found[:50] == asked
+    assert [one.max_tokens for one in found] == [*range(50)] * 10
+    seen = [tuple(one.token_ids) for one in found]
     assert len(set(seen)) > 0.99 * len(seen)
     assert all(ids[:3] == (1, 2, 3) and len(ids) == 6 for ids in seen)
+
+
+class Writer:
+    """An engine that writes every answer to its limit, a token each two milliseconds; it notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int | None]] = []
+        self.output_tokens = 0
+
+    async def generate(
+        self, request_id: str, token_ids: Sequence[int], seed: int | None, max_tokens: int | None = None
+    ) -> Answer:
+        self.asked.append((token_ids[0], max_tokens))
+        count = max_tokens or 0
+        for _ in range(count):
+            await asyncio.sleep(0.002)
+            self.output_tokens += 1
+        return Answer(
+            samples=[Sample(token_ids=array("i", [1] * count), text=None, finish_reason="length")],
+            cached_tokens=0,
+            ttft_s=None,
+        )
+
+
+async def measured(limits: list[int], window_s: float) -> tuple[Writer, Rate]:
+    """Eight requests at once, the limit of each told by its first token."""
+    engine, sampling = Writer(), SamplingSettings(max_tokens=4096)
+    gate = Gate(admission_policy(AdmissionSettings(policy="continuous", high=8), 8, lambda: 0), None)
+    prompts = [Asked([place, 7, 7], limit) for place, limit in enumerate(limits)]
+    feed = Feed(cast(Engine, engine), gate, Lengths(sampling, 8192), itertools.cycle(prompts), sampling)
+    rate = await feed.measure(window_s)
+    await feed.stop()
+    return engine, rate
+
+
+async def test_a_measurement_has_the_rows_own_limits_and_meets_the_first_on_their_way() -> None:
+    limits = [40 + place for place in range(16)]
+    engine, _ = await measured(limits, 0.3)
+    first, later = engine.asked[:8], engine.asked[8:]
+    assert len(later) > 8
+    assert all(limit == limits[place] for place, limit in later)
+    assert all(0 < limit <= limits[place] for place, limit in first if limit)
+    assert len({limit for _, limit in first}) > 4
+    assert sum(limit for _, limit in first if limit) < 0.9 * sum(limits[:8])
+
+
+async def test_a_measurement_goes_on_where_answers_take_longer_than_a_window() -> None:
+    _, short = await measured([5] * 16, 0.15)
+    _, long = await measured([150] * 16, 0.15)
+    assert 0.15 <= short.seconds < 0.3
+    assert 0.3 <= long.seconds < 1.0
 
 
 def test_the_written_file_is_one_to_extend(tmp_path: Path) -> None:
