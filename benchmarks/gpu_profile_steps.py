@@ -1,8 +1,9 @@
 """Why waves are faster, where they are: each step of one engine under trickle-in admission and under waves.
 
     python benchmarks/gpu_profile_steps.py --model 0.5b --rows 2500 --budget-s 120
+    python benchmarks/gpu_profile_steps.py --model 7b --workload W2 --trace-s 3 --budget-s 240
 
-One AsyncLLM answers workload W1 after a warm-up: a request as soon as one leaves (`continuous`), in waves (`--high` in flight, again
+One AsyncLLM answers a workload after a warm-up: a request as soon as one leaves (`continuous`), in waves (`--high` in flight, again
 at `--low`; Dray's default is 512 and 384), and continuously again. For every step a stat logger of vLLM notes: tokens of prefill
 and of decode, requests running and waiting, and the CUDA graph that vLLM used (`cudagraph_metrics`). A step's time is from the
 note before to its own, in the front end. CPU seconds of the front end and of EngineCore tell which of them is the narrow place;
@@ -11,6 +12,9 @@ a whole core of EngineCore and a GPU that waits is what host-bound means. Prompt
 JSON says for each way: output tokens/s; steps by kind (decode only, mixed, prefill only) and graph mode (FULL, PIECEWISE, NONE),
 with their number, share of the time, median and p90 ms, median sequences. So the cause can be read off: if trickle-in is slow
 because mixed steps miss the full graph, most of its steps are mixed and each takes longer than a decode-only one does.
+
+`--trace-s` adds what the GPU does with its time: torch's profiler, through vLLM, over so many seconds of one more continuous run once
+half of its seconds are over; the share of the time in which a kernel ran, and of the kernels by kind (benchmarks/gpu_trace.py).
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.gpu_trace import kernels, shown
 from benchmarks.machine import ROOT, gpus, machine
 from benchmarks.shapes import SHAPES, model_folder
 from benchmarks.workloads import WORKLOADS
@@ -76,7 +81,7 @@ async def _profile(args: argparse.Namespace, deadline: float, result: dict[str, 
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    workload = WORKLOADS["W1"]
+    workload = WORKLOADS[args.workload]
     folder = model_folder(args.model, Path(tempfile.mkdtemp(prefix="dray-steps-")))
     steps: list[Step] = []
     began = time.monotonic()
@@ -90,6 +95,15 @@ async def _profile(args: argparse.Namespace, deadline: float, result: dict[str, 
         "cudagraph_metrics": True,
         **args.engine,
     }
+    traces = folder.parent / "traces"
+    if args.trace_s:
+        traces.mkdir()
+        engine_args["profiler_config"] = {
+            "profiler": "torch",
+            "torch_profiler_dir": str(traces),
+            "torch_profiler_with_stack": False,
+            "ignore_frontend": True,
+        }
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args), stat_loggers=[_stepper(steps)])
     result["engine_start_s"] = time.monotonic() - began
     result["engine"] = engine_args
@@ -156,8 +170,28 @@ async def _profile(args: argparse.Namespace, deadline: float, result: dict[str, 
                 f"  {kind:28} {found['steps']:6,} steps  {found['share_of_time']:6.1%} of the time  median {found['ms_median']:7.2f} ms  "
                 f"p90 {found['ms_p90']:7.2f} ms  {found['running_median']:.0f} running  {found['waiting_median']:.0f} waiting"
             )
-    engine.shutdown()
+    if args.trace_s:
+        await _traced(engine, run, args, deadline)
+        engine.shutdown()
+        (trace,) = traces.glob("*.json.gz")
+        result["gpu_trace"] = kernels(trace)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(shown(result["gpu_trace"]))
+    else:
+        engine.shutdown()
     print(f"steps: {args.out}")
+
+
+async def _traced(engine: Any, run: Any, args: argparse.Namespace, deadline: float) -> None:
+    """One more continuous run, its middle under the profiler. Writing a trace takes many times as long as it covers."""
+    running = asyncio.create_task(
+        run("traced", args.high - 1, min(args.most_s, deadline - time.monotonic() - 30))
+    )
+    await asyncio.sleep(args.most_s / 2)
+    await engine.start_profile()
+    await asyncio.sleep(args.trace_s)
+    await engine.stop_profile()
+    await running
 
 
 def _cpu_s() -> dict[str, float]:
@@ -238,7 +272,9 @@ def _arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", choices=SHAPES, default="0.5b")
+    add("--workload", choices=WORKLOADS, default="W1")
     add("--rows", type=int, default=2500)
+    add("--trace-s", type=float, default=0, help="seconds under torch's profiler; a few, a trace is large")
     add("--high", type=int, default=512)
     add("--low", type=int, default=384)
     add("--max-num-batched-tokens", type=int, default=16384)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +17,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import measuring
 from benchmarks.child import ChildFailed
+from benchmarks.gpu_trace import kernels
 from benchmarks.roofline import Cost, Peak, peak_of
 from benchmarks.shapes import SHAPES, model_folder
 from benchmarks.sides import Run, Task, answers
@@ -175,3 +179,21 @@ def test_answers_of_several_files_are_in_the_order_of_their_ids(tmp_path: Path) 
         pq.write_table(pa.table({"id": ids, "text": [str(i) for i in ids]}), tmp_path / name)
     run = replace(a_run(), output=[str(tmp_path / "x"), str(tmp_path / "y")])
     assert answers(run, ["id", "text"])["text"].to_pylist() == ["0", "1", "2", "3"]
+
+
+def test_a_traces_busy_share_counts_kernels_that_overlap_once(tmp_path: Path) -> None:
+    def event(name: str, at: float, us: float, cat: str = "kernel") -> dict[str, Any]:
+        return {"ph": "X", "cat": cat, "name": name, "ts": at, "dur": us}
+
+    events = [
+        event("nvjet_sm90_tst_192x208", 0, 40),
+        event("flash::FlashAttnFwdSm90 cutlass", 30, 20),
+        event("Memcpy HtoD", 90, 10, "gpu_memcpy"),
+        event("aten::mm", 50, 40, "cpu_op"),
+    ]
+    with gzip.open(tmp_path / "t.json.gz", "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    found = kernels(tmp_path / "t.json.gz")
+    assert found["busy"] == pytest.approx(0.6)
+    assert found["seconds"] == pytest.approx(100e-6)
+    assert found["kinds"] == pytest.approx({"matrix products": 4 / 7, "attention": 2 / 7, "copies": 1 / 7})
