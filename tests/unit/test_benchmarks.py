@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer
 
 from benchmarks import measuring
 from benchmarks.child import ChildFailed
@@ -67,6 +66,8 @@ def test_a_workload_is_the_same_each_time_and_fits_the_model(name: str, tmp_path
     rows = workload.table(300)
     assert rows == workload.table(300)
     assert rows != workload.table(300, seed=1)
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(model_folder("nano", tmp_path / "model"))
     prompts, limits = rows["prompt"].to_pylist(), rows["max_tokens"].to_pylist()
     lengths = [len(ids) for ids in tokenizer(prompts).input_ids]
@@ -89,6 +90,8 @@ def test_the_lengths_of_the_workloads() -> None:
 
 
 def test_any_token_of_the_vocabulary_has_a_text(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(model_folder("nano", tmp_path))
     assert len(tokenizer) == SHAPES["nano"]["vocab_size"]
     assert all(tokenizer.decode([place]) for place in range(300, len(tokenizer) - 1))

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer
 
 from pipelines.detokenize import Detokenizer
 from pipelines.settings import SamplingSettings
@@ -31,6 +30,8 @@ IDS = st.one_of(st.lists(ORDINARY, max_size=12), st.lists(BYTES, max_size=12))
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("tokenizers")
+    from transformers import AutoTokenizer  # not by those who only collect the tests: with torch it takes 6 s
+
     return {name: AutoTokenizer.from_pretrained(make(folder / name)) for name, make in FAMILIES.items()}
 
 

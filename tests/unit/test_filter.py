@@ -170,6 +170,7 @@ CONDITIONS = st.deferred(
 )
 
 
+@pytest.mark.slow
 @given(CONDITIONS, st.lists(st.tuples(VALUES, VALUES), min_size=1, max_size=5))
 def test_agrees_with_python(text: str, rows: list[tuple[int, int]]) -> None:
     table = pa.table({"a": [a for a, _ in rows], "b": [b for _, b in rows]})

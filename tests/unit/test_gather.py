@@ -60,6 +60,7 @@ def gathered_of(rows: Sequence[Sequence[Any]], keeps: Any = lambda element: True
     return found
 
 
+@pytest.mark.slow
 @given(ROWS, st.sampled_from([*KINDS]))
 def test_gather_is_the_inverse_of_explode(rows: list[list[Any]], kind: str) -> None:
     table = answers(rows, kind)
@@ -83,6 +84,7 @@ def test_gather_is_the_inverse_of_explode(rows: list[list[Any]], kind: str) -> N
     }
 
 
+@pytest.mark.slow
 @given(ROWS)
 def test_what_the_steps_between_drop_or_fail_is_in_no_list(rows: list[list[Any]]) -> None:
     table = answers(rows)
@@ -193,6 +195,7 @@ def test_samples_are_kept_as_a_list(tmp_path: Path) -> None:
     assert verify(done.storage, deep=True)["problems"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [1, 2])
 def test_a_later_generation_asks_about_the_list(tmp_path: Path, samples: int) -> None:
     write_lists(tmp_path / "in")
@@ -228,6 +231,7 @@ def test_a_later_generation_asks_about_the_list(tmp_path: Path, samples: int) ->
     assert [[one["steps"]["again"] for one in row["answers"]] for row in seen] == [[PARTS[0]], [], [PARTS[2]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failed_rows", ["inline", "separate"])
 def test_a_row_fails_when_none_of_its_records_is_good_and_is_mended_whole(
     tmp_path: Path, code: str, failed_rows: str

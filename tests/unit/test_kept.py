@@ -101,6 +101,7 @@ def test_an_edited_rubric_asks_the_judge_only(tmp_path: Path, model: dict[str, A
     assert stats_of(first).rows_reused == 0
 
 
+@pytest.mark.slow
 def test_a_grown_input_asks_for_what_is_new(tmp_path: Path) -> None:
     texts = [f"What is {k}?" for k in range(40)]
     questions(tmp_path / "in", texts)

@@ -227,6 +227,7 @@ def test_a_ledger_that_hangs_costs_its_patience_only(
     assert "does not answer" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_without_an_end_is_running_lost_or_unknown(tmp_path: Path, ledger: Storage) -> None:
     outputs = {
         name: Storage(str(tmp_path / name)) for name in ("held", "free", "other", "dead", "far", "gone")

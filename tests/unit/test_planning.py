@@ -211,6 +211,7 @@ CUTTING = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(FILES, CUTTING)
 def test_each_place_of_each_file_is_in_one_shard_and_in_order(
@@ -451,6 +452,7 @@ def test_the_summary() -> None:
     assert summary(new_plan([], SCHEMA, "f"))["largest_shard"] is None
 
 
+@pytest.mark.slow
 def test_ten_thousand_files_are_planned_in_a_moment(storage: Storage) -> None:
     """100,000 took 2.3 s to cut, 0.6 to save and 1.2 to load on a quiet core; here a tenth, with room for noise."""
     files = [

@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from pipelines.contracts import PROMPT_SCHEMA
 from pipelines.errors import ROW_ERROR_CODES, RowError, SpecError
@@ -30,6 +29,10 @@ def tokenizer(chat_template: str | None = CHAT) -> Any:
     raw = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     raw.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    from transformers import (
+        PreTrainedTokenizerFast,
+    )  # not by those who only collect the tests: with torch it takes 6 s
+
     return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", chat_template=chat_template)
 
 
@@ -123,7 +126,7 @@ def test_templates_refuse(source: str, code: str, message: str) -> None:
     "source",
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+        pytest.param("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}", marks=pytest.mark.slow),
         "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
         "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
         "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",

@@ -427,6 +427,7 @@ FILES = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(FILES, st.integers(1, 30), st.integers(1, 30), st.integers(1, 64), st.integers(1, 5))
 def test_every_row_once_and_in_order_however_it_is_cut(
