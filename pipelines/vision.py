@@ -43,7 +43,7 @@ class Vision:
 
     @property
     def chat_template(self) -> str | None:
-        """The processor's own, which vLLM prefers to the tokenizer's; None where they have one between them."""
+        """The processor's, which vLLM prefers to the tokenizer's; None where they have one between them."""
         template = (self._processor or {}).get("chat_template")
         return template if isinstance(template, str) else None
 
@@ -100,8 +100,8 @@ class Vision:
         }
         try:
             found, _ = ProcessorMixin.get_processor_dict(model.source, **where)
-            # Older models describe their image processor alone.
-            alone = found or cached_file(
+            # A chat template alone is any model's; older ones describe their image processor in a file of its own.
+            described = found.keys() - {"chat_template"} or cached_file(
                 model.source,
                 "preprocessor_config.json",
                 _raise_exceptions_for_missing_entries=False,
@@ -112,7 +112,7 @@ class Vision:
             raise ModelError(
                 f"model {model.source!r}: its processor cannot be read: {one_line(error)}"
             ) from error
-        return dict(found) if alone else None
+        return dict(found) if described else None
 
 
 def _listed(images: Any, column: str) -> list[Any]:
