@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipelines.conversations import Conversations
 from pipelines.errors import RowError, SpecError
+from pipelines.image_turns import has_images
 from pipelines.settings import PromptSettings
 
 #: Rows of a row group in a Parquet file.
@@ -108,13 +109,15 @@ def as_chats(
     """Records as OpenAI's fine-tuning lines: `messages`, the last of them the answer.
 
     https://platform.openai.com/docs/guides/supervised-fine-tuning: a record whose prompt gives no messages, or whose
-    answer is empty, is left out. `needs`: the columns without which there is no prompt. Raises SpecError where the
+    answer is empty, is left out, and so is one with images. `needs`: the columns without which there is no prompt. Raises SpecError where the
     output does not hold one of them.
     """
     if prompt.chat is False:
         raise SpecError(
             "openai: `prompt.chat: false` asks for completions, of which there are no messages; see jsonl"
         )
+    if prompt.images_column is not None:
+        raise SpecError("openai: the lines would lack the images of prompt.images_column; see jsonl")
     conversations = Conversations(prompt, folders)
     back = {new: old for old, new in rename.items()}
 
@@ -128,7 +131,7 @@ def as_chats(
         lines = [
             {"messages": [*messages, {"role": "assistant", "content": text}]}
             for messages, text in zip(found, records["generated_text"].to_pylist(), strict=True)
-            if not isinstance(messages, RowError) and text
+            if not isinstance(messages, RowError) and text and not has_images(messages)
         ]
         return pa.table(
             {"line": pa.array([json.dumps(line, ensure_ascii=False) for line in lines], pa.string())}

@@ -30,6 +30,7 @@ from jobs.loading import LoadedJob
 from jobs.proposal import input_schema, work_of
 from jobs.sampling import RowSample, sample_rows
 from jobs.spec_columns import needed_columns
+from pipelines.answer_columns import prompt_tokens as prompt_lengths
 from pipelines.answering import Answering, Started
 from pipelines.contracts import Shard, Work
 from pipelines.engine import Engine, EngineInfo, open_engine
@@ -240,12 +241,13 @@ async def _measured(
         await engine.stop()
     assert generations is not None
     prompt_tokens, output_tokens = np.zeros(sample.drawn), np.zeros(sample.drawn)
-    lengths = [0 if ids is None else len(ids) for ids in prompts["token_ids"].to_pylist()]
+    lengths = prompt_lengths(prompts, generations).to_pylist()
     answered = set()
-    for row, ids in zip(generations["row"].to_pylist(), generations["token_ids"].to_pylist(), strict=True):
+    columns = (generations[name].to_pylist() for name in ("row", "token_ids"))
+    for row, ids, length in zip(*columns, lengths, strict=True):
         if ids is not None:
             answered.add(row)
-            prompt_tokens[row] = lengths[row]
+            prompt_tokens[row] = length
             output_tokens[row] += len(ids)
     speed, steady = _speed(marks, float(output_tokens.sum()), seconds)
     return Measured(

@@ -273,6 +273,7 @@ def _with_absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
             inside[key] = [how(item) for item in given] if isinstance(given, list) else how(given)
 
     change("input", "path", data)
+    change("input", "images_folder", data)
     change("output", "path", data)
     for section in (values, *_asking_steps(values)):
         found = section.get("model")

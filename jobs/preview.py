@@ -39,7 +39,7 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
     """The first `rows` rows that pass the filter, through the job's own stages but without Ray.
 
     Each has `row_id`, `prompt` (the tokens as text, special tokens shown), `prompt_tokens`, `error_code` and
-    `error_message`; with `generate` also `answers`, a list of `generated_text`, `finish_reason` and `steps` (the columns
+    `error_message`; a prompt with images how many, as `images`, whose own tokens only an engine knows; with `generate` also `answers`, a list of `generated_text`, `finish_reason` and `steps` (the columns
     that these add) per record that the steps have left, elements of its lists included.
     """
     files = list_files(job.spec.input, needed_columns(job.spec))
@@ -48,13 +48,16 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
     tokenizer = load_tokenizer(job.spec.pools[0].model)
     assert parcel.prompts is not None
     seen = []
-    for row in parcel.prompts.to_pylist():
+    images = pc.list_value_length(parcel.prompts["images"]).to_pylist()
+    prompts = parcel.prompts.drop_columns(["images"])
+    for row, count in zip(prompts.to_pylist(), images, strict=True):
         ids = row["token_ids"]
         seen.append(
             {
                 "row_id": row_of(row["row_id"]),
                 "prompt": None if ids is None else tokenizer.decode(ids),
                 "prompt_tokens": None if ids is None else len(ids),
+                **({"images": count} if count else {}),
                 "error_code": row["error_code"],
                 "error_message": row["error_message"],
             }
@@ -139,7 +142,8 @@ def render(seen: list[dict[str, Any]]) -> RenderableType:
     """Prompts and answers for the terminal."""
     lines: list[str] = []
     for row in seen:
-        size = "" if row["prompt_tokens"] is None else f" [dim]({row['prompt_tokens']} tokens)[/]"
+        images = f", {row['images']} image{'s' * (row['images'] > 1)}" if row.get("images") else ""
+        size = "" if row["prompt_tokens"] is None else f" [dim]({row['prompt_tokens']} tokens{images})[/]"
         lines.append(f"[bold]{escape(row['row_id'])}[/]{size}")
         if row["error_code"]:
             lines.append(f"  [red]{row['error_code']}[/]: {escape(row['error_message'])}")

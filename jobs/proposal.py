@@ -33,6 +33,7 @@ from pipelines.model_folder import check_model
 from pipelines.schema import conform_all, infer_schema
 from pipelines.steps import added_by
 from pipelines.storage import Storage
+from pipelines.vision import Vision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,9 +187,12 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
 
 
 def checked_identity(job: LoadedJob) -> dict[str, Any]:
-    """What the fingerprint of a job covers. Raises BadInput for a model or a prompt function that is not there."""
+    """What the fingerprint of a job covers. Raises BadInput for a model or a prompt function that is not there, and for images
+    that the model does not take."""
     for model in job.spec.models.values():
         check_model(model)
+    for key, model in job.spec.images_columns.items():
+        Vision(model).check(key)
     for key, function in job.spec.functions.items():
         load_function(function, own_folders(), key)
     return identity(job, own_folders())

@@ -85,6 +85,10 @@ def _prompt_problems(spec: JobSpec) -> list[str]:
             problems.append("output.conversation: needs the chat template; remove `prompt.chat: false`")
         if name is not None and spec.result_columns.count(name) > 1:
             problems.append(f"output.conversation: {name!r} is a result column already; choose another name")
+        if name is not None and spec.prompt.images_column is not None:
+            problems.append(
+                "output.conversation: the column holds text only; leave it out, or prompt.images_column"
+            )
         return problems
     if not spec.asking_steps:
         return [

@@ -207,6 +207,8 @@ def sample_prompts(job: LoadedJob, count: int) -> list[Asked]:
     for shard in (*shards[::step], *(s for i, s in enumerate(shards) if i % step)):
         prompts = prepare.shard(Parcel(shard=shard)).prompts
         assert prompts is not None
+        if prompts["images"].null_count < len(prompts):
+            raise InputError("prompts with images cannot be measured yet: dray tune sends tokens alone")
         both = zip(prompts["token_ids"].to_pylist(), prompts["max_tokens"].to_pylist(), strict=True)
         found += [Asked(ids, limit) for ids, limit in both if ids]
         if len(found) >= count:

@@ -14,6 +14,7 @@ from pipelines.code import check_code
 from pipelines.contracts import PROMPT_SCHEMA, Counts, Work
 from pipelines.detokenize import Detokenizer
 from pipelines.generations import Generation, pools_of
+from pipelines.images import ImageReader
 from pipelines.judge import views
 from pipelines.orphans import end_with_parent
 from pipelines.policy import check_model_allowed
@@ -23,6 +24,7 @@ from pipelines.stage import Failure, Parcel
 from pipelines.steps import DROPPED, Steps, is_good
 from pipelines.storage import Storage
 from pipelines.tokenizer import do_without_torch, load_tokenizer
+from pipelines.vision import Vision
 
 
 class Reading:
@@ -89,6 +91,7 @@ def prompts_of(generation: Generation) -> PromptBuilder:
         key=f"steps.{generation.name}.prompt" if step else "prompt",
         answer=step.answer if isinstance(step, ScoreStep) else None,
         conversation=generation.conversation_key,
+        vision=Vision(work.model, ImageReader(work.input.images_folder, work.input.storage_options)),
     )
 
 

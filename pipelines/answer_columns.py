@@ -21,6 +21,12 @@ from pipelines.step_settings import arrow_type
 Columns = Mapping[str, pa.Array | pa.ChunkedArray]
 
 
+def prompt_tokens(prompts: pa.Table, generations: pa.Table) -> pa.ChunkedArray:
+    """How long the prompt of each generation is, its images included where it has been answered; null without tokens."""
+    text = pc.list_value_length(prompts["token_ids"]).take(generations["row"])
+    return pc.add(text, pc.fill_null(generations["image_tokens"], 0))
+
+
 class Answers:
     """The answers to a step's requests, by the records that it has asked about: `views` requests for each of them, all
     of one view after those of the other, with one or more samples each."""
@@ -34,8 +40,7 @@ class Answers:
         self.view = request // max(records, 1)
         answered = generations["token_ids"].is_valid().to_numpy()
         first = answered & (generations["sample_index"].to_numpy() == 0)
-        prompt_tokens = pc.list_value_length(prompts["token_ids"]).take(generations["row"])
-        self.prompt_tokens = self._sum(prompt_tokens, first)
+        self.prompt_tokens = self._sum(prompt_tokens(prompts, generations), first)
         self.completion_tokens = self._sum(pc.list_value_length(generations["token_ids"]), answered)
         self.cached_tokens = self._sum(generations["cached_tokens"], first)
 

@@ -25,6 +25,7 @@ from pipelines.contracts import GENERATION_SCHEMA, Turn, Work
 from pipelines.engine import Answer, Engine, EngineInfo
 from pipelines.errors import EngineDied, RowError
 from pipelines.histogram import Histogram
+from pipelines.images import Image, digests_of, images_of, without_data
 from pipelines.lengths import HELD, Lengths, Rows
 from pipelines.seeds import row_seed
 from pipelines.settings import SamplingSettings
@@ -78,6 +79,11 @@ class Answering:
         self._token_ids = token_ids.values.to_numpy()
         self._ends: list[int] = token_ids.offsets.to_pylist()
         self._max_tokens: list[int | None] = self._prompts["max_tokens"].to_pylist()
+        images = self._prompts["images"].combine_chunks()
+        self._images: dict[int, pa.Scalar] = {
+            row: images[row] for row in np.flatnonzero(images.is_valid()).tolist()
+        }
+        """Of the rows that have some, by position."""
         self._recalled = recalled
         asked = [row for row in np.flatnonzero(token_ids.is_valid()).tolist() if row not in recalled]
         self._same = self._repeats(asked) if work.sampling.temperature == 0 else {}
@@ -98,11 +104,16 @@ class Answering:
         return ids
 
     def _repeats(self, asked: Sequence[int]) -> dict[int, int]:
-        """Row → the first row with the same prompt and limit, for all that are not the first."""
-        first: dict[tuple[bytes, int | None], int] = {}
-        prompts = ((row, self._token_ids[self._ends[row] : self._ends[row + 1]].tobytes()) for row in asked)
-        found = ((row, first.setdefault((prompt, self._max_tokens[row]), row)) for row, prompt in prompts)
+        """Row → the first row with the same prompt, images and limit, for all that are not the first."""
+        first: dict[tuple[bytes, bytes, int | None], int] = {}
+        found = ((row, first.setdefault(self._identity(row), row)) for row in asked)
         return {row: other for row, other in found if other != row}
+
+    def _identity(self, row: int) -> tuple[bytes, bytes, int | None]:
+        """What a greedy answer depends on."""
+        prompt = self._token_ids[self._ends[row] : self._ends[row + 1]].tobytes()
+        images = digests_of(self._images[row]) if row in self._images else b""
+        return prompt, images, self._max_tokens[row]
 
     async def run(self, rows: Sequence[int]) -> None:
         """Answer the prompts at these positions. Raises what is not one row's fault, after aborting the rest."""
@@ -146,7 +157,7 @@ class Answering:
         return Parcel(
             shard=self._parcel.shard,
             rows=self._parcel.rows,
-            prompts=self._prompts,
+            prompts=self._answered_prompts(),
             generations=_generation_table(self._prompts, self._results),
             notes=self._parcel.notes,
         ).noting(
@@ -171,8 +182,18 @@ class Answering:
             **{f"engine_{name}": seconds for name, seconds in asdict(info.start_parts).items()},
         )
 
+    def _answered_prompts(self) -> pa.Table:
+        """The prompts for the stages that follow, which need no image any more."""
+        if not self._images:
+            return self._prompts
+        place = self._prompts.column_names.index("images")
+        bare = without_data(self._prompts["images"])
+        return self._prompts.set_column(place, self._prompts.schema.field(place), bare)
+
     def prompt_tokens(self, row: int) -> int:
-        return self._ends[row + 1] - self._ends[row]
+        """Of the text, and what the row's images are expected to add."""
+        images = len(self._images[row]) if row in self._images else 0
+        return self._ends[row + 1] - self._ends[row] + images * self.started.lengths.image_tokens
 
     def max_tokens(self, row: int) -> int | None:
         """The row's own, where it has one."""
@@ -189,6 +210,8 @@ class Answering:
         else:
             self._results[row] = answer
             self._latencies.append(time.monotonic() - began)
+            if row in self._images:
+                self.started.lengths.learn_images(len(self._images[row]), answer.image_tokens)
             tokens = sum(len(sample.token_ids) for sample in answer.samples)
             self.started.lengths.learn(self.prompt_tokens(row), tokens, self._max_tokens[row])
 
@@ -205,13 +228,14 @@ class Answering:
             longest = longest and longest * (2 if cut else 1)
         token_ids = self._token_ids[self._ends[row] : self._ends[row + 1]]
         request, task = f"{self._work.run_id}-{next(self._numbers)}", self._work.task
+        seen: dict[str, list[Image]] = {"images": images_of(self._images[row])} if row in self._images else {}
         try:
             async with asyncio.timeout(limit):
                 if task.pools:
-                    return await engine.encode(request, token_ids, task)
+                    return await engine.encode(request, token_ids, task, **seen)
                 if task.name == "score":
-                    return await engine.score(request, token_ids)
-                return await engine.generate(request, token_ids, seed, longest, own, self._variables)
+                    return await engine.score(request, token_ids, **seen)
+                return await engine.generate(request, token_ids, seed, longest, own, self._variables, **seen)
         except TimeoutError:
             if engine.last_token_at < began:
                 raise EngineDied(f"no token from any request for {limit:g} s") from None
@@ -290,6 +314,7 @@ def _generation_table(prompts: pa.Table, results: Sequence[Answer | RowError | N
                         sample.text,
                         sample.finish_reason,
                         result.cached_tokens,
+                        result.image_tokens,
                         sample.logprobs,
                         None,
                         None,
@@ -301,7 +326,7 @@ def _generation_table(prompts: pa.Table, results: Sequence[Answer | RowError | N
             )
             token_ids.append(None)
             values.append(None)
-            rows.append((row, 0, None, None, None, None, code, message))
+            rows.append((row, 0, None, None, None, None, None, code, message))
     lists = {"token_ids": _lists(token_ids, np.int32), "values": _lists(values, np.float32)}
     names = [name for name in GENERATION_SCHEMA.names if name not in lists]
     columns: dict[str, Any] = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else {}

@@ -112,6 +112,10 @@ class GenerateStep(AskStep):
         if self.conversation is not None:
             if self.prompt.chat is False:
                 raise ValueError("conversation: needs the chat template; remove `prompt.chat: false`")
+            if self.prompt.images_column is not None:
+                raise ValueError(
+                    "conversation: the column holds text only; leave it out, or prompt.images_column"
+                )
             if self.conversation in (*self.adds, f"{self.column}_parsed"):
                 raise ValueError(
                     f"conversation: {self.conversation!r} is the name of another of the step's columns; choose another"

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from pipelines.answer_parsers import parser_fields
 from pipelines.histogram import Histogram
+from pipelines.images import IMAGES_TYPE
 from pipelines.messages import CONVERSATION_TYPE
 from pipelines.output_schema import arrow_type_of
 from pipelines.settings import (
@@ -188,6 +189,7 @@ PROMPT_SCHEMA = pa.schema(
             "answer_tokens", pa.int32()
         ),  # of a `score` step: the last so many of `token_ids` are the answer's
         pa.field("messages", CONVERSATION_TYPE),  # what is asked, where the conversation becomes a column
+        pa.field("images", IMAGES_TYPE),  # null: none
         *ERROR_FIELDS,
     ]
 )
@@ -210,6 +212,7 @@ GENERATION_SCHEMA = pa.schema(
         pa.field("text", pa.large_string()),  # null unless the engine detokenised (stop strings)
         pa.field("finish_reason", pa.string()),
         pa.field("cached_tokens", pa.int32()),
+        pa.field("image_tokens", pa.int32()),  # that images added to the prompt's
         pa.field("logprobs", LOGPROBS_TYPE),
         pa.field("values", pa.list_(pa.float32())),  # see `engine.Sample`
         *ERROR_FIELDS,

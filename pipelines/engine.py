@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import RowError
+from pipelines.images import Image
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
 from pipelines.task import GENERATE, Task
 
@@ -96,14 +97,20 @@ class Answer:
     ttft_s: float | None
     """Seconds from the request to the first token, where the engine tells."""
     preemptions: int = 0
+    image_tokens: int = 0
+    """Tokens by which the prompt's images made it longer."""
 
     @classmethod
     def of_values(
-        cls, values: npt.NDArray[np.float32], text: str | None = None, cached_tokens: int = 0
+        cls,
+        values: npt.NDArray[np.float32],
+        text: str | None = None,
+        cached_tokens: int = 0,
+        image_tokens: int = 0,
     ) -> Answer:
         """One sample without tokens: what other tasks than `generate` give."""
         sample = Sample(token_ids=array("i"), text=text, finish_reason="stop", values=values)
-        return cls(samples=[sample], cached_tokens=cached_tokens, ttft_s=None)
+        return cls(samples=[sample], cached_tokens=cached_tokens, ttft_s=None, image_tokens=image_tokens)
 
 
 class Engine(Protocol):
@@ -120,20 +127,25 @@ class Engine(Protocol):
         max_tokens: int | None = None,
         sampling: SamplingSettings | None = None,
         variables: Mapping[str, Any] | None = None,
+        *,
+        images: Sequence[Image] = (),
     ) -> Answer:
         """Answer one prompt. Cancelling the call aborts the request inside the engine.
 
         `max_tokens` and `sampling`: if not those that the engine was opened with. `variables`: the chat template's own ones,
-        which may say whether the model reasons.
+        which may say whether the model reasons. `images`: given where the prompt has some, in the order of their places in
+        `token_ids`.
 
         Raises RowError when the engine refuses this request, EngineDied when the engine is gone, EngineStartError when
         what it loads with the first request does not load.
         """
 
-    async def encode(self, request_id: str, token_ids: TokenIds, task: Task) -> Answer:
+    async def encode(
+        self, request_id: str, token_ids: TokenIds, task: Task, *, images: Sequence[Image] = ()
+    ) -> Answer:
         """Pool one prompt, by an engine that was opened for such a task: one sample, of `values`. Else as `generate`."""
 
-    async def score(self, request_id: str, token_ids: TokenIds) -> Answer:
+    async def score(self, request_id: str, token_ids: TokenIds, *, images: Sequence[Image] = ()) -> Answer:
         """How likely the prompt is in the model's eyes: one sample, of `values`. Else as `generate`."""
 
     @property

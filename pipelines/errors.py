@@ -87,6 +87,7 @@ ROW_ERROR_CODES: dict[str, str] = {
     "invalid_utf8": "a text column holds bytes that are not UTF-8",
     "invalid_row": "the line or record cannot be parsed, or a value does not fit its column's type",
     "prompt_error": "the template or the user's prompt function raised, or returned something that is no prompt",
+    "bad_image": "an image of the prompt is missing, cannot be read, is no image or too large, or lies outside input.images_folder",
     "empty_prompt": "the prompt, or the answer that a `score` step is to score, has no tokens",
     "prompt_too_long": "the prompt leaves no room for an answer within max_model_len; of pooling models, it is longer than that",
     "invalid_request": "the engine refused the request's parameters or tokens",

@@ -3,7 +3,7 @@
     .dray/answers/<digest>-<k>/<part name>      all answers of one generation to one shard
 
 `digest` stands for the model and the sampling settings, `k` counts the generations of a job that share them. Within a file
-an answer has the key of its request: the prompt's tokens, the row's own token limit, and, unless decoding is greedy, the
+an answer has the key of its request: the prompt's tokens and images, the row's own token limit, and, unless decoding is greedy, the
 row, so that two rows with one prompt keep their two answers. Steps, and how the prompt came about, are in no key: who
 edits a later step finds what the earlier ones asked. Files can be deleted at any time.
 """
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from pipelines.contracts import GENERATION_SCHEMA, Work
 from pipelines.engine import Answer, Sample
 from pipelines.generations import Generation, generations_of
+from pipelines.images import digests_of
 from pipelines.stage import Parcel
 from pipelines.storage import Storage
 
@@ -92,11 +93,13 @@ class KeptAnswers:
         """(position, key) of each row that has a prompt."""
         assert prompts is not None
         columns = (prompts[name].to_pylist() for name in ("row_id", "max_tokens"))
-        for row, (row_id, limit, ids) in enumerate(zip(*columns, prompts["token_ids"], strict=True)):
+        asked = zip(*columns, prompts["token_ids"], prompts["images"], strict=True)
+        for row, (row_id, limit, ids, images) in enumerate(asked):
             if ids.is_valid:
                 whose = "" if self._greedy else row_id
                 digest = hashlib.blake2b(f"{limit}\0{whose}\0".encode(), digest_size=_KEY_BYTES)
                 digest.update(ids.values.to_numpy().tobytes())
+                digest.update(digests_of(images))
                 yield row, digest.digest()
 
 
@@ -139,5 +142,6 @@ def _answers(kept: pa.Table, wanted: Iterable[bytes]) -> Iterator[tuple[bytes, A
                 ],
                 cached_tokens=samples[0]["cached_tokens"],
                 ttft_s=None,
+                image_tokens=samples[0].get("image_tokens") or 0,  # older files have none
             ),
         )

@@ -29,6 +29,9 @@ LITTLE = 2
 HELD = 0.75
 
 
+#: What an image is expected to add to a prompt before any is known; then it is the most that one has added.
+IMAGE_TOKENS = 1024
+
 #: Doublings of the prompt's tokens, and of the request's own `max_tokens` (0: the job's).
 Kind = tuple[int, int]
 
@@ -43,6 +46,16 @@ class Lengths:
         self._all = _Mean()
         self._all.add(min(self._limit, max_model_len) / 2 / self._limit, PRIOR)
         self._classes: dict[Kind, _Mean] = {}
+        self._image_tokens: int | None = None
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that an image adds to a prompt: how much of the KV cache it takes is known to its processor only."""
+        return IMAGE_TOKENS if self._image_tokens is None else self._image_tokens
+
+    def learn_images(self, images: int, added: int) -> None:
+        """One answered request, to whose prompt `images` images have added so many tokens."""
+        self._image_tokens = max(self._image_tokens or 0, -(-added // images))
 
     def learn(self, prompt_tokens: int, answer_tokens: int, max_tokens: int | None = None) -> None:
         """One answered request; `answer_tokens` of all its samples, `max_tokens` its own where it has one."""

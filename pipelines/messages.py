@@ -16,6 +16,8 @@ Turns = str | list[Message]
 """The user turn alone, or a whole conversation."""
 #: A conversation as a column.
 CONVERSATION_TYPE = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+#: The type of a content part that is an image, and where it says which; without that it is `images_column`'s next.
+IMAGE, SOURCE = "image", "image"
 
 
 def checked(turns: Any) -> Turns | RowError:
@@ -47,7 +49,7 @@ def _message(number: int, message: Any) -> Message:
         raise RowError("prompt_error", f"message {number}: role must be text such as 'user', found {role!r}")
     content = fields.get("content")
     if isinstance(content, list):
-        fields["content"] = _joined(number, content)
+        fields["content"] = _content(number, content)
     elif content is None and "tool_calls" in fields:
         pass  # an assistant turn may only call tools
     elif not isinstance(content, str):
@@ -58,22 +60,43 @@ def _message(number: int, message: Any) -> Message:
     return fields
 
 
-def _joined(number: int, parts: list[Any]) -> str:
-    """Text parts as one text, joined by newlines as vLLM does for templates that take strings."""
-    texts = []
-    for part in parts:
-        text = part.get("text") if isinstance(part, Mapping) else part
-        if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise RowError(
-                "prompt_error", f"message {number}: content part of type {kind!r}; only text is supported"
-            )
-        texts.append(text)
-    return "\n".join(texts)
+def _content(number: int, parts: list[Any]) -> str | list[Message]:
+    """Text parts as one text, joined by newlines as vLLM does for templates that take strings; the parts, where one of
+    them is an image."""
+    found = [_part(number, part) for part in parts]
+    texts = [part for part in found if isinstance(part, str)]
+    if len(texts) == len(found):
+        return "\n".join(texts)
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in found]
+
+
+def _part(number: int, part: Any) -> str | Message:
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if isinstance(part, Mapping) and kind in (IMAGE, "image_url"):
+        # A column of structs has every field in every part, null where it does not apply.
+        named = [part[key] for key in ("image_url", "image", "url", "path") if part.get(key) is not None]
+        source = (
+            named[0].get("url", named[0]) if named and isinstance(named[0], Mapping) else (named or [None])[0]
+        )
+        if source is not None:
+            return {"type": IMAGE, SOURCE: source}
+        if kind == IMAGE:
+            return {"type": IMAGE}
+        raise RowError("bad_image", f"message {number}: a part of type 'image_url' without its url")
+    text = part.get("text") if isinstance(part, Mapping) else part
+    if not isinstance(text, str):
+        raise RowError(
+            "prompt_error",
+            f"message {number}: content part of type {kind!r}; only text and images are supported",
+        )
+    return text
 
 
 def _says_something(message: Message) -> bool:
-    return bool(str(message.get("content", "")).strip()) or "tool_calls" in message
+    content = message.get("content", "")
+    if isinstance(content, list):
+        return True  # an image says something
+    return bool(str(content).strip()) or "tool_calls" in message
 
 
 def has_system(turns: Turns) -> bool:
@@ -106,6 +129,11 @@ def told_whole(messages: list[Message], key: str) -> RowError | None:
             "".join(map(str, message.values())).encode()
         except UnicodeEncodeError:  # which a chat template need not show
             return RowError("invalid_utf8", f"message {number}: its text is not UTF-8")
+        if isinstance(message.get("content"), list):
+            return RowError(
+                "prompt_error",
+                f"message {number}: has images, and the column of {key} holds text only; leave {key} out",
+            )
         if more := sorted(map(str, message.keys() - {"role", "content"})):
             return RowError(
                 "prompt_error",

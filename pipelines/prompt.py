@@ -16,10 +16,13 @@ import pyarrow.compute as pc
 from pipelines.contracts import PROMPT_SCHEMA
 from pipelines.conversations import Conversations, texts_of
 from pipelines.errors import ROW_ERROR_CODES, RowError, SpecError
+from pipelines.image_turns import as_parts, takes_parts_only
+from pipelines.images import images_array
 from pipelines.messages import CONVERSATION_TYPE, Message, Turns, told_whole
 from pipelines.row_limits import row_limits
 from pipelines.settings import PromptSettings, SamplingSettings
 from pipelines.template import one_line
+from pipelines.vision import Images, Vision
 
 #: Columns that reading adds; the last ones of these names, should the input have such columns itself.
 _ADDED = ("row_id", "error_code", "error_message")
@@ -40,7 +43,8 @@ class Tokenizer(Protocol):
 class PromptBuilder:
     """Builds the prompts of any number of tables. `folders` are the user's own, for `prompt.function`;
     `sampling` says where a row's own `max_tokens` stands, `key` where the settings stand in the job file, `answer` in which
-    column the text is that follows the prompt, `conversation` which key of the job file wants the messages as a column.
+    column the text is that follows the prompt, `conversation` which key of the job file wants the messages as a column,
+    `vision` what the model makes of images.
 
     Raises SpecError on construction: template syntax, a function that cannot be imported, a chat without a chat
     template.
@@ -55,13 +59,21 @@ class PromptBuilder:
         key: str = "prompt",
         answer: str | None = None,
         conversation: str | None = None,
+        vision: Vision | None = None,
     ) -> None:
         self.settings = settings
+        self._vision = vision or Vision()
+        if settings.images_column is not None:
+            self._vision.check(f"{key}.images_column")
         self._answer = answer
         self._conversation = conversation
         self._sampling = sampling or SamplingSettings()
         self.tokenizer = tokenizer
-        has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._parts_only: dict[str | None, bool] = {}
+        """By chat template, None the tokenizer's own."""
+        self._own_template = bool(getattr(tokenizer, "chat_template", None))
+        may_see = settings.images_column or settings.messages_column or settings.function
+        has_template = self._own_template or bool(may_see and self._vision.chat_template)
         self.chat = has_template if settings.chat is None else settings.chat
         """Whether the model's chat template is applied."""
         if not has_template:
@@ -83,6 +95,10 @@ class PromptBuilder:
                 f"{key}.tools: the model's chat template does not show tools; take a model that was trained to call them, or "
                 "describe them in the system turn"
             )
+        if conversation and settings.images_column:
+            raise SpecError(
+                f"{conversation}: the column holds text only; leave it out, or {key}.images_column"
+            )
         self._conversations = Conversations(settings, folders, key)
 
     def build(self, table: pa.Table) -> pa.Table:
@@ -92,10 +108,10 @@ class PromptBuilder:
         code keep it and get no tokens.
         """
         limits = row_limits(table, self._sampling)
-        asked = self._asked(table)
+        asked, images = self._asked(table)
         outcomes = [
             limit if isinstance(limit, RowError) and isinstance(text, str) else text
-            for text, limit in zip(self._rendered(asked), limits, strict=True)
+            for text, limit in zip(self._rendered(asked, images), limits, strict=True)
         ]
         token_ids = self._tokenise(outcomes, "prompt", special=not self.chat)
         answer_tokens = self._append_answers(table, outcomes, token_ids)
@@ -107,6 +123,7 @@ class PromptBuilder:
                 pa.array([None if isinstance(x, RowError) else x for x in limits], pa.int32()),
                 pa.array(answer_tokens, pa.int32()),
                 self._messages(asked, token_ids),
+                images_array([(ids and images.get(row)) or None for row, ids in enumerate(token_ids)]),
                 pa.array([error and error.code for error in errors], pa.string()),
                 pa.array([error and str(error) for error in errors], pa.string()),
             ],
@@ -115,16 +132,23 @@ class PromptBuilder:
 
     def texts(self, table: pa.Table) -> list[str | RowError]:
         """The text of each row's prompt as the model will see it, or the row's error."""
-        return self._rendered(self._asked(table))
+        return self._rendered(*self._asked(table))
 
-    def _asked(self, table: pa.Table) -> list[Turns | RowError]:
-        """Each row's messages, without a chat template its text, or its error."""
+    def _asked(self, table: pa.Table) -> tuple[list[Turns | RowError], Images]:
+        """Each row's messages, without a chat template its text, or its error; and the images of rows that may have some."""
         broken = _broken_rows(table)
+        asked: list[Turns | RowError]
         if not broken:
-            return self._of_sound(table)
-        # Nothing is rendered for rows that could not be read: their values are not the user's.
-        sound = iter(self._of_sound(table.filter(pc.is_null(_added_column(table, "error_code")))))
-        return [broken[place] if place in broken else next(sound) for place in range(table.num_rows)]
+            asked = self._of_sound(table)
+        else:
+            # Nothing is rendered for rows that could not be read: their values are not the user's.
+            sound = iter(self._of_sound(table.filter(pc.is_null(_added_column(table, "error_code")))))
+            asked = [broken[place] if place in broken else next(sound) for place in range(table.num_rows)]
+        return self._vision.attach(table, self.settings.images_column, asked, self._seeing)
+
+    def _seeing(self, messages: list[Message]) -> str:
+        """One conversation, by the chat template for images."""
+        return self._apply_template([messages], self._vision.chat_template)[0]
 
     def _of_sound(self, table: pa.Table) -> list[Turns | RowError]:
         asked = list(self._conversations(table, chat=self.chat))
@@ -133,9 +157,15 @@ class PromptBuilder:
         key = self._conversation
         return [(told_whole(turns, key) or turns) if isinstance(turns, list) else turns for turns in asked]
 
-    def _rendered(self, asked: Sequence[Turns | RowError]) -> list[str | RowError]:
+    def _rendered(self, asked: Sequence[Turns | RowError], images: Images) -> list[str | RowError]:
         chats = {place: messages for place, messages in enumerate(asked) if isinstance(messages, list)}
-        texts = dict(zip(chats, self._render_chats(list(chats.values())), strict=True))
+        texts: dict[int, str | RowError] = {}
+        for seeing in (False, True):
+            of_kind = {place: chats[place] for place in chats if (place in images) == seeing}
+            if not of_kind:
+                continue
+            template = self._vision.chat_template if seeing or not self._own_template else None
+            texts |= zip(of_kind, self._render_chats(list(of_kind.values()), template), strict=True)
         return [texts[place] if isinstance(turns, list) else turns for place, turns in enumerate(asked)]
 
     def _messages(
@@ -147,16 +177,32 @@ class PromptBuilder:
         kept = [None if ids is None else turns for turns, ids in zip(asked, token_ids, strict=True)]
         return pa.array(kept, CONVERSATION_TYPE)
 
-    def _render_chats(self, conversations: list[list[Message]]) -> list[str | RowError]:
+    def _render_chats(self, conversations: list[list[Message]], template: str | None) -> list[str | RowError]:
+        """By the tokenizer's own template, or another."""
+        if conversations and self._takes_parts_only(template):
+            conversations = [[as_parts(turn) for turn in turns] for turns in conversations]
+
         def render(batch: list[Any]) -> list[str]:
-            # Keys of the job file first: the others are Dray's to decide.
-            options = {**self.settings.chat_template_kwargs, "tokenize": False, "add_generation_prompt": True}
-            if self.settings.tools is not None:
-                options["tools"] = self.settings.tools
-            texts: list[str] = self.tokenizer.apply_chat_template(batch, **options)
-            return texts
+            return self._apply_template(batch, template)
 
         return _batch_or_singly(render, conversations, "the model's chat template: ")
+
+    def _takes_parts_only(self, template: str | None) -> bool:
+        if template not in self._parts_only:
+            self._parts_only[template] = takes_parts_only(
+                lambda messages: self._apply_template([messages], template)[0]
+            )
+        return self._parts_only[template]
+
+    def _apply_template(self, batch: list[Any], template: str | None) -> list[str]:
+        # Keys of the job file first: the others are Dray's to decide.
+        options = {**self.settings.chat_template_kwargs, "tokenize": False, "add_generation_prompt": True}
+        if self.settings.tools is not None:
+            options["tools"] = self.settings.tools
+        if template is not None:
+            options["chat_template"] = template
+        texts: list[str] = self.tokenizer.apply_chat_template(batch, **options)
+        return texts
 
     def _append_answers(
         self, table: pa.Table, outcomes: list[str | RowError], token_ids: list[Sequence[int] | None]

@@ -26,6 +26,7 @@ def prompt_columns(
     columns = {
         f"{key}.messages_column": prompt.messages_column,
         f"{key}.prompt_column": prompt.prompt_column,
+        f"{key}.images_column": prompt.images_column,
     }
     if sampling is not None:
         columns["sampling.max_tokens_column"] = sampling.max_tokens_column
@@ -45,7 +46,22 @@ def prompt_type_problems(prompt: PromptSettings, schema: pa.Schema, key: str = "
             problems.append(
                 f"{key}.messages_column: {name!r} holds {type_} values, not a list of role and content or JSON text"
             )
+    name = prompt.images_column
+    if name in schema.names and not _is_images(schema.field(name).type):
+        problems.append(
+            f"{key}.images_column: {name!r} holds {schema.field(name).type} values, not images: bytes, "
+            "{bytes, path}, URLs or paths, or lists of them"
+        )
     return problems
+
+
+def _is_images(type_: pa.DataType) -> bool:
+    if is_list(type_):
+        type_ = type_.value_type
+    if pa.types.is_struct(type_):
+        return bool(type_.get_field_index("bytes") >= 0 or type_.get_field_index("path") >= 0)
+    is_binary = pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_)
+    return bool(is_binary or is_text(type_))
 
 
 def _is_messages(type_: pa.DataType) -> bool:

@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.answer_columns import Answers, answer_columns, parsed
+from pipelines.answer_columns import Answers, answer_columns, parsed, prompt_tokens
 from pipelines.answer_parsers import Says
 from pipelines.ask_settings import AskStep
 from pipelines.contracts import Counts, Work, result_schema, unpack
 from pipelines.generations import Generation
+from pipelines.images import digests_of
 from pipelines.messages import conversations
 from pipelines.seeds import row_seed
 from pipelines.stage import Parcel
@@ -77,7 +78,6 @@ def build_result(parcel: Parcel, work: Work, says: Says) -> pa.Table:
     prompted = work.prompt is not None
     schema = result_schema(work.input_schema, work.output, work.sampling, prompted=prompted)
     index = generations["row"]
-    prompt_ids = prompts["token_ids"]
     carried = work.input_schema.names if work.output.columns == "all" else work.output.columns
     # By place: the input's columns, then the row id; the input may have a column of that name, to be renamed.
     columns: dict[str, Any] = {
@@ -97,12 +97,12 @@ def build_result(parcel: Parcel, work: Work, says: Says) -> pa.Table:
             "generated_text": said.text,
             **said.beside,
             "finish_reason": generations["finish_reason"],
-            "prompt_tokens": pc.list_value_length(prompt_ids).take(index),
+            "prompt_tokens": prompt_tokens(prompts, generations),
             "completion_tokens": pc.list_value_length(generations["token_ids"]),
             "cached_tokens": generations["cached_tokens"],
         }
     if work.output.provenance:
-        columns |= _provenance(columns["row_id"], prompt_ids.take(index), work)
+        columns |= _provenance(columns["row_id"], prompts.take(index), work)
     if work.sampling.logprobs is not None:  # else the names may be input columns'
         columns["logprobs"] = generations["logprobs"]
     if work.sampling.output_schema is not None:
@@ -113,15 +113,15 @@ def build_result(parcel: Parcel, work: Work, says: Says) -> pa.Table:
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
-def _provenance(row_ids: pa.ChunkedArray, prompt_ids: pa.ChunkedArray, work: Work) -> dict[str, Any]:
+def _provenance(row_ids: pa.ChunkedArray, prompts: pa.Table, work: Work) -> dict[str, Any]:
     """`PROVENANCE_FIELDS` of each record."""
     model, seed = work.model, work.sampling.seed
     name = os.path.basename(model.source) if os.path.isabs(model.source) else model.source
     hashes = [
         None
         if ids.values is None
-        else hashlib.sha256(ids.values.to_numpy().astype("<i4").tobytes()).hexdigest()
-        for ids in prompt_ids
+        else hashlib.sha256(ids.values.to_numpy().astype("<i4").tobytes() + digests_of(images)).hexdigest()
+        for ids, images in zip(prompts["token_ids"], prompts["images"], strict=True)
     ]
     return {
         "model": pa.repeat(name, len(row_ids)),

@@ -73,6 +73,8 @@ class InputSettings(Settings):
     """A column of the user's own ids, carried along; never Dray's row identity."""
     on_changed: Literal["refuse", "replace"] = "refuse"
     """What to do when a file that is already planned has other content now."""
+    images_folder: Text | None = None
+    """The folder or URL below which the images lie that rows name by path; nothing else is read, and without it no path is."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Passed to fsspec's file system, for example `endpoint_url`, `profile`, `key`, `secret`, `anon`."""
 
@@ -88,6 +90,9 @@ class PromptSettings(Settings):
     one more user turn behind them."""
     prompt_column: str | None = None
     """A column that holds the user turn itself."""
+    images_column: str | None = None
+    """A column of images for the user turn, where they come before its text: one or a list of them, each as bytes, as
+    `{bytes, path}`, as a `data:` URL, or as a path below `input.images_folder`."""
     function: Function | None = None
     """`package.module:name` of a function `(row: dict) -> str | list[message]` in a package of your own."""
     system: str | None = None
@@ -312,7 +317,7 @@ class OutputSettings(Settings):
     """As `input.storage_options`, for the output's store."""
     provenance: bool | None = None
     """true adds to each row what made it: `model`, `model_revision`, `prompt_sha256` (of the prompt's token ids, 32-bit
-    little-endian) and `seed` (the row's own, with `sampling.seed`), of the job's own prompt."""
+    little-endian, and behind them the SHA-256 of each image's file) and `seed` (the row's own, with `sampling.seed`), of the job's own prompt."""
     conversation: Text | None = None
     """A column to add: the messages that the job's own prompt asked, and the answer as the assistant's. A later prompt
     goes on with it as its `messages_column`."""

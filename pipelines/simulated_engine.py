@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pipelines.engine import Answer, CacheUse, EngineInfo, Sample, TokenIds, check_prompt
 from pipelines.errors import EngineDied, EngineStartError, ModelError, RowError
+from pipelines.images import Image
 from pipelines.settings import ModelSettings, SamplingSettings
 from pipelines.task import Task
 from pipelines.tokenizer import load_tokenizer
@@ -93,17 +94,27 @@ class SimulatedEngine:
         max_tokens: int | None = None,
         sampling: SamplingSettings | None = None,
         variables: Mapping[str, Any] | None = None,
+        *,
+        images: Sequence[Image] = (),
     ) -> Answer:
         sampling = sampling or self._sampling
-        prompt, clock = self._admitted(token_ids)
+        prompt, clock = self._admitted(_seen(token_ids, images))
         limit = max_tokens or sampling.max_tokens
         samples = [self._sample(prompt, seed, index, limit, sampling) for index in range(sampling.n)]
         tokens = sum(len(sample.token_ids) for sample in samples)
         elapsed_s = await clock.spend(tokens)
-        return Answer(samples=samples, cached_tokens=0, ttft_s=elapsed_s * len(samples) / tokens)
+        added = len(prompt) - len(token_ids)
+        return Answer(
+            samples=samples,
+            cached_tokens=0,
+            ttft_s=elapsed_s * len(samples) / tokens,
+            image_tokens=added,
+        )
 
-    async def encode(self, request_id: str, token_ids: TokenIds, task: Task) -> Answer:
-        prompt, clock = self._admitted(token_ids, answered=False)
+    async def encode(
+        self, request_id: str, token_ids: TokenIds, task: Task, *, images: Sequence[Image] = ()
+    ) -> Answer:
+        prompt, clock = self._admitted(_seen(token_ids, images), answered=False)
         await clock.spend(len(prompt))
         key = hashlib.shake_128(task.name.encode() + np.asarray(prompt, np.int64).tobytes())
         if task.name == "classify":
@@ -115,8 +126,8 @@ class SimulatedEngine:
         length = 1.0 if task.use_activation is False else np.linalg.norm(vector)
         return Answer.of_values((vector / length).astype(np.float32))
 
-    async def score(self, request_id: str, token_ids: TokenIds) -> Answer:
-        prompt, clock = self._admitted(token_ids)
+    async def score(self, request_id: str, token_ids: TokenIds, *, images: Sequence[Image] = ()) -> Answer:
+        prompt, clock = self._admitted(_seen(token_ids, images))
         await clock.spend(1)
         ids = np.asarray(prompt, np.int64)
         return Answer.of_values((-0.01 * ((ids[:-1] * 31 + ids[1:]) % 997)).astype(np.float32))
@@ -220,6 +231,11 @@ class SimulatedEngine:
             }
             for token_id, value in zip(ids, values, strict=True)
         ]
+
+
+def _seen(token_ids: TokenIds, images: Sequence[Image]) -> TokenIds:
+    """The prompt, and before it a token for each byte of the images' digests: another image is another prompt."""
+    return [*b"".join(image.sha256 for image in images), *token_ids] if images else token_ids
 
 
 def _choices(sampling: SamplingSettings) -> list[str]:

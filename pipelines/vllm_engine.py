@@ -1,4 +1,4 @@
-"""The real engine: vLLM's AsyncLLM behind `pipelines.engine.Engine`. Only this file, `vllm_requests`
+"""The real engine: vLLM's AsyncLLM behind `pipelines.engine.Engine`. Only this file, `vllm_requests`, `vllm_images`
 and `vllm_parsers` import vLLM (0.26 to 0.32).
 """
 
@@ -29,12 +29,14 @@ from pipelines.errors import (
     RowError,
     TransientStorageError,
 )
+from pipelines.images import Image
 from pipelines.model_folder import local_model, lora_rank
 from pipelines.model_weights import load_format
 from pipelines.scopes import scope_of
 from pipelines.settings import LoraSettings, ModelSettings, PoolSettings, SamplingSettings
 from pipelines.task import GENERATE, Task
 from pipelines.vllm_defaults import cpu_defaults, gpu_defaults, set_quiet_environment
+from pipelines.vllm_images import ImageRenderer, added_tokens
 from pipelines.vllm_requests import (
     constraining_parser,
     generated,
@@ -82,6 +84,7 @@ class VLLMEngine:
         self._llm: Any = None
         self._params: Any = None
         self._other_params: dict[int, tuple[SamplingSettings, Any]] = {}
+        self._images = ImageRenderer()
         self._lora: Any = None
         self._lora_load: asyncio.Future[Any] | None = None
         self._max_model_len = 0
@@ -138,6 +141,8 @@ class VLLMEngine:
         max_tokens: int | None = None,
         sampling: SamplingSettings | None = None,
         variables: Mapping[str, Any] | None = None,
+        *,
+        images: Sequence[Image] = (),
     ) -> Answer:
         """See `Engine.generate`. `seed` fits into 63 bits; vLLM adds the sample index to it."""
 
@@ -149,18 +154,22 @@ class VLLMEngine:
         began = time.monotonic()
         reasons = (sampling or self._sampling).reasoning_parser is not None
         options = reasoning_options(reasons, variables) if self._knows_reasoning else {}
-        output = await self._ask(request_id, token_ids, params, options)
-        return generated(output, params, began)
+        output = await self._ask(request_id, token_ids, params, options, images)
+        return generated(output, params, began, added_tokens(output, token_ids, images))
 
-    async def encode(self, request_id: str, token_ids: TokenIds, task: Task) -> Answer:
+    async def encode(
+        self, request_id: str, token_ids: TokenIds, task: Task, *, images: Sequence[Image] = ()
+    ) -> Answer:
         """See `Engine.encode`."""
-        output = await self._ask(request_id, token_ids, pooling_params(task))
+        output = await self._ask(request_id, token_ids, pooling_params(task), images=images)
         self._note_tokens(len(output.prompt_token_ids))
-        return pooled(output, self._labels if task.name == "classify" else None)
+        labels = self._labels if task.name == "classify" else None
+        return pooled(output, labels, added_tokens(output, token_ids, images))
 
-    async def score(self, request_id: str, token_ids: TokenIds) -> Answer:
+    async def score(self, request_id: str, token_ids: TokenIds, *, images: Sequence[Image] = ()) -> Answer:
         """See `Engine.score`."""
-        return scored(await self._ask(request_id, token_ids, scoring_params()))
+        output = await self._ask(request_id, token_ids, scoring_params(), images=images)
+        return scored(output, added_tokens(output, token_ids, images))
 
     async def _ask(
         self,
@@ -168,6 +177,7 @@ class VLLMEngine:
         token_ids: TokenIds,
         params: Any,
         options: Mapping[str, Any] = MappingProxyType({}),
+        images: Sequence[Image] = (),
     ) -> Any:
         """vLLM's output for one request; `params`, of sampling or of pooling, say which kind it is. Raises as `generate`."""
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -175,15 +185,25 @@ class VLLMEngine:
         llm = self._llm
         if llm is None:
             raise EngineDied("the engine is not running")
-        prompt = check_prompt(token_ids, self._max_model_len, answered=not self._task.pools)
+        answered = not self._task.pools
+        ids = check_prompt(token_ids, self._max_model_len, answered=answered)
+        # The rendered form of a prompt: vLLM 0.32 sends the raw form (TokensPrompt) through a thread pool first.
+        prompt: Any = {"type": "token", "prompt_token_ids": ids}
+        if images:
+            try:
+                prompt = await self._images.render(llm, ids, images)
+            except RowError as error:
+                if self._llm is None:  # `stop` ends what renders as well
+                    raise EngineDied("the engine was stopped") from error
+                raise
+            check_prompt(prompt["prompt_token_ids"], self._max_model_len, answered=answered)
         if self._lora is not None:
             await self._load_lora(llm)
         if self._task.pools:
             await self._check_task(llm)
         ask = llm.encode if self._task.pools else llm.generate
-        # The rendered form of a prompt: vLLM 0.32 sends the raw form (TokensPrompt) through a thread pool first.
         stream: AsyncIterator[Any] = ask(
-            {"type": "token", "prompt_token_ids": prompt},
+            prompt,
             params,
             request_id,
             lora_request=self._lora,

@@ -102,7 +102,7 @@ def reasoning_options(reasons: bool, variables: Mapping[str, Any] | None) -> dic
     return {"reasoning_parser_kwargs": {"chat_template_kwargs": dict(variables or {})}}
 
 
-def generated(output: Any, params: Any, began: float) -> Answer:
+def generated(output: Any, params: Any, began: float, image_tokens: int = 0) -> Answer:
     """vLLM's RequestOutput. Raises ShardError for an answer that did not come to its end."""
     _check_ended(output)
     samples = [
@@ -122,10 +122,11 @@ def generated(output: Any, params: Any, began: float) -> Answer:
         cached_tokens=output.num_cached_tokens or 0,
         ttft_s=max(0.0, first - began) if first > 0 else None,
         preemptions=getattr(metrics, "num_preemptions", 0),  # since 0.32
+        image_tokens=image_tokens,
     )
 
 
-def pooled(output: Any, labels: Mapping[int, str] | None) -> Answer:
+def pooled(output: Any, labels: Mapping[int, str] | None, image_tokens: int = 0) -> Answer:
     """vLLM's PoolingRequestOutput. `labels`: a classifier's names of its classes; None for vectors. Raises ShardError."""
     if error := getattr(output, "error", None):  # since 0.32
         raise ShardError(f"vLLM ended a request with {error}")
@@ -134,15 +135,19 @@ def pooled(output: Any, labels: Mapping[int, str] | None) -> Answer:
     if labels is not None:
         likeliest = int(values.argmax())
         text = labels.get(likeliest, f"LABEL_{likeliest}")
-    return Answer.of_values(values, text, output.num_cached_tokens or 0)
+    return Answer.of_values(values, text, output.num_cached_tokens or 0, image_tokens)
 
 
-def scored(output: Any) -> Answer:
+def scored(output: Any, image_tokens: int = 0) -> Answer:
     """vLLM's RequestOutput for `scoring_params`: at each position but the first the prompt's own token. Raises ShardError."""
     _check_ended(output)
     flat = output.prompt_logprobs
     values = [flat.logprobs[start] for start in flat.start_indices[1:]]
-    return Answer.of_values(np.asarray(values, np.float32), cached_tokens=output.num_cached_tokens or 0)
+    return Answer.of_values(
+        np.asarray(values, np.float32),
+        cached_tokens=output.num_cached_tokens or 0,
+        image_tokens=image_tokens,
+    )
 
 
 def _check_ended(output: Any) -> None:

@@ -1,0 +1,334 @@
+"""Images of prompts: what is one, where it may come from, where it stands, and that it is part of what a prompt is."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import load
+from jobs.preview import preview
+from jobs.reuse import KEPT, kept_in
+from pipelines import images as module
+from pipelines.errors import InputError, RowError, SpecError
+from pipelines.image_turns import has_images, places_images, takes_parts_only, with_images
+from pipelines.images import Image, ImageReader, digests_of, images_array, images_of, without_data
+from pipelines.lengths import IMAGE_TOKENS, Lengths
+from pipelines.messages import Turns, checked
+from pipelines.part import read_part
+from pipelines.prepare import Prepare
+from pipelines.settings import SamplingSettings
+from pipelines.stage import Parcel
+from tests.local.runs import TINY, job, rows_of
+from tests.tiny_vision import image, vision_tokenizer
+from tests.unit.stages import Output, generated, planned, run
+
+RED, BLUE = image("red"), image("blue")
+URL = f"data:image/png;base64,{base64.b64encode(RED).decode()}"
+
+
+# ── What is an image ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG whose header says that it is this large."""
+    data = bytearray(image("red"))
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "red.png").write_bytes(RED)
+    (tmp_path / "secret.png").write_bytes(BLUE)
+    (tmp_path / "pictures-of-others").mkdir()
+    (tmp_path / "pictures-of-others" / "a.png").write_bytes(BLUE)
+    return folder
+
+
+def test_an_image_is_bytes_a_struct_a_data_url_or_a_path(pictures: Path) -> None:
+    path = pictures / "deep" / "red.png"
+    sources = [
+        RED,
+        {"bytes": RED, "path": "x.png"},
+        {"bytes": None, "path": "deep/red.png"},
+        URL,
+        str(path),
+        f"file://{path}",
+    ]
+    found = ImageReader(str(pictures)).read([sources, [], [RED, BLUE]])
+    assert [[image.data for image in row] for row in found if not isinstance(row, RowError)] == [
+        [RED] * 6,
+        [],
+        [RED, BLUE],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (b"", "is no image: not one of PNG, JPEG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image: not one of PNG, JPEG"),
+        (bomb(20_000, 5_000), "is no image: "),  # a warning of Pillow's, which is an error in tests
+        (bomb(60_000, 60_000), "is no image: "),  # Pillow's own bound
+        (None, "found null"),
+        ({"bytes": None, "path": None}, "found null"),
+        (7, "found int"),
+        ("data:image/png,abc", "must be of the form"),
+        ("data:image/png;base64,???", "base64 cannot be read"),
+        ("no.png", "'no.png': there is no such file"),
+        ("deep", "'deep': "),
+        ("", "is no path below"),
+        ("../secret.png", "is no path below"),
+        ("deep/../../secret.png", "is no path below"),
+        ("deep/%2e%2e/%2e%2e/secret.png", "is no path below"),
+        ("{}/../secret.png", "lies outside"),
+        ("{}-of-others/a.png", "lies outside"),
+        ("/etc/passwd", "lies outside"),
+        ("file:///etc/passwd", "lies outside"),
+        ("http://169.254.169.254/latest/meta-data", "lies outside"),
+        ("s3://bucket/a.png", "lies outside"),
+        ("simplecache::s3://bucket/a.png", "chained URLs"),
+    ],
+)  # fmt: skip
+def test_what_is_none_is_its_rows_error(pictures: Path, source: Any, message: str) -> None:
+    given = source.replace("{}", str(pictures)) if isinstance(source, str) else source
+    ((ok,), error) = ImageReader(str(pictures)).read([[RED], [RED, given]])  # type: ignore[misc]
+    assert ok.data == RED
+    assert isinstance(error, RowError)
+    assert error.code == "bad_image"
+    assert str(error).startswith("image 2: ")
+    assert message in str(error)
+
+
+def test_without_a_folder_no_path_is_read(pictures: Path) -> None:
+    (error,) = ImageReader().read([[str(pictures / "deep" / "red.png")]])
+    assert "input.images_folder" in str(error)
+
+
+def test_a_file_is_read_as_far_as_it_may_be_large(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_BYTES", len(RED) - 1)
+    for source in (RED, "deep/red.png"):
+        (error,) = ImageReader(str(pictures)).read([[source]])
+        assert "more than 0 MiB" in str(error)
+
+
+def test_an_image_may_have_so_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_PIXELS", 40 * 30 - 1)
+    (error,) = ImageReader().read([[RED]])
+    assert "has 40 × 30 pixels, more than 1,199" in str(error)
+
+
+def test_answered_images_leave_their_digests() -> None:
+    rows = pa.chunked_array([images_array([[Image(RED)], None, [Image(BLUE), Image(RED)], None])])
+    bare = without_data(rows.slice(1))
+    assert bare.type == rows.type
+    assert [digests_of(one) for one in bare] == [digests_of(one) for one in rows.slice(1)]
+    assert bare.is_null().to_pylist() == [True, False, True]
+    assert all(one["data"] is None for one in bare[1].as_py())
+    assert [bytes(one.data) for one in images_of(rows[2])] == [BLUE, RED]
+    assert bare.nbytes < rows.nbytes - len(RED) - len(BLUE)
+
+
+# ── Where it stands ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def messages(*contents: Any) -> Turns:
+    found = checked([{"role": "user", "content": content} for content in contents])
+    assert not isinstance(found, RowError)
+    return found
+
+
+TEXT, PLACE = {"type": "text", "text": "a"}, {"type": "image"}
+
+
+def test_images_of_a_column_come_before_the_last_user_turn() -> None:
+    turns, sources = with_images(messages("b", "a"), [1, 2], placed=True)
+    assert sources == [1, 2]
+    assert turns == messages_as([{"type": "text", "text": "b"}], [PLACE, PLACE, TEXT])
+
+
+def messages_as(*contents: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content} for content in contents]
+
+
+def test_images_of_a_column_fill_the_places_that_name_none() -> None:
+    named = {"type": "image_url", "image_url": {"url": "u"}, "text": None}
+    turns, sources = with_images(messages([PLACE, TEXT, named], [TEXT, PLACE]), ["x", "y"], placed=True)
+    assert sources == ["x", "u", "y"]
+    assert turns == messages_as([PLACE, TEXT, PLACE], [TEXT, PLACE])
+
+
+@pytest.mark.parametrize(
+    ("content", "given", "placed", "message"),
+    [
+        ([PLACE, TEXT], None, True, "places for 1 images, and there are no prompt.images_column"),
+        ([PLACE, TEXT], [1, 2], True, "places for 1 images, and there are 2 in prompt.images_column"),
+        ([PLACE, TEXT], [1], False, "no place for images"),
+    ],
+)
+def test_places_and_images_are_as_many(content: Any, given: Any, placed: bool, message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        with_images(messages(content), given, placed=placed)
+
+
+def test_where_the_template_places_none_the_text_says_where() -> None:
+    assert with_images(messages("<image> a"), [1], placed=False) == (messages("<image> a"), [1])
+    assert with_images("<image> a", [1], placed=True) == ("<image> a", [1])
+    assert not has_images(messages([TEXT]))
+
+
+def test_what_a_template_takes_is_seen_by_trying() -> None:
+    def parts(turns: list[dict[str, Any]]) -> str:
+        return "".join(part.get("text", "<image>") for turn in turns for part in turn["content"])
+
+    def text(turns: list[dict[str, Any]]) -> str:
+        return "".join(str(turn["content"]) for turn in turns)
+
+    def joined(turns: list[dict[str, Any]]) -> str:
+        return "".join("user: " + turn["content"] for turn in turns)
+
+    def blind(turns: list[dict[str, Any]]) -> str:
+        return "".join(part.get("text", "") for turn in turns for part in turn["content"])
+
+    assert [places_images(one) for one in (parts, text, joined, blind)] == [True, False, False, False]
+    assert [takes_parts_only(one) for one in (parts, text, joined, blind)] == [True, False, False, True]
+
+
+def test_what_images_add_is_the_most_that_one_has_added() -> None:
+    lengths = Lengths(SamplingSettings(), 4096)
+    assert lengths.image_tokens == IMAGE_TOKENS
+    for images, added in ((2, 60), (1, 40), (3, 30)):
+        lengths.learn_images(images, added)
+    assert lengths.image_tokens == 40
+
+
+# ── Through the stages, on the simulated engine ──────────────────────────────────────────────────────────────────
+
+#: (text, images): the last repeats the first.
+ROWS: list[tuple[str, list[bytes]]] = [
+    ("What?", [RED]),
+    ("What?", [BLUE]),
+    ("What?", [RED, BLUE]),
+    ("What?", [BLUE, RED]),
+    ("What?", []),
+    ("What?", [RED]),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(vision_tokenizer(tmp_path_factory.mktemp("vision")))
+
+
+def settings(
+    folder: Path, model: str, rows: list[tuple[str, list[bytes]]] = ROWS, /, **more: Any
+) -> dict[str, Any]:
+    (folder / "in").mkdir(exist_ok=True)
+    kind = pa.list_(pa.binary())
+    table = pa.table({"text": [text for text, _ in rows], "seen": pa.array([one for _, one in rows], kind)})
+    pq.write_table(table, folder / "in" / "x.parquet")
+    sections: dict[str, Any] = {"prompt": {"template": "{{ text }}", "images_column": "seen"}, **more}
+    sections["model"] = {"source": model, **sections.get("model", {})}
+    return job(folder / "in", sections.pop("out", folder / "out"), **sections)
+
+
+def test_equal_texts_with_other_images_are_not_answered_once(tmp_path: Path, model: str) -> None:
+    output = planned(settings(tmp_path, model, output={"provenance": True}))
+    (footer,) = run(output.work("first"), output.plan.shards)
+    rows = rows_of(tmp_path / "out").to_pylist()
+    assert footer.stats.rows_reused == 1
+    assert len({row["generated_text"] for row in rows}) == 5
+    assert rows[0]["generated_text"] == rows[5]["generated_text"]
+    assert len({row["prompt_sha256"] for row in rows}) == 5
+    # The simulated engine takes 32 tokens for an image.
+    bare = rows[4]["prompt_tokens"]
+    assert [
+        row["prompt_tokens"] - bare - len(images) for row, (_, images) in zip(rows, ROWS, strict=True)
+    ] == [32 * len(images) for _, images in ROWS]
+
+
+def test_kept_answers_are_taken_over_for_the_same_images_only(tmp_path: Path, model: str) -> None:
+    def answered(name: str, rows: list[tuple[str, list[bytes]]], *before: str) -> Output:
+        reuse = {"keep": True, "outputs": [str(tmp_path / one) for one in before]}
+        output = planned(settings(tmp_path, model, rows, out=tmp_path / name, reuse=reuse))
+        output.storage.create(KEPT, b"")
+        work = output.work(name)
+        run(work, output.plan.shards, kept_in=kept_in(work, output.plan, output.plan.shards))
+        return output
+
+    answered("one", [("What?", [RED]), ("What?", [BLUE]), ("Why?", [])])
+    other = answered("two", [("What?", [RED]), ("What?", [BLUE, BLUE]), ("Why?", [])], "one")
+    stats = read_part(other.storage, other.plan.shards[0].part_name).footer.stats
+    assert stats.rows_reused == 2
+    one, two = (rows_of(tmp_path / name).to_pylist() for name in ("one", "two"))
+    assert [a["generated_text"] == b["generated_text"] for a, b in zip(one, two, strict=True)] == [
+        True,
+        False,
+        True,
+    ]
+    assert [row["prompt_tokens"] for row in one][::2] == [row["prompt_tokens"] for row in two][::2]
+
+
+def test_images_go_no_further_than_the_engine(tmp_path: Path, model: str) -> None:
+    output = planned(settings(tmp_path, model))
+    work, (shard,) = output.work("first"), output.plan.shards
+    prompts = Prepare(work).shard(Parcel(shard=shard)).prompts
+    assert prompts is not None
+    assert [len(images_of(one)) for one in prompts["images"]] == [1, 1, 2, 2, 0, 1]
+    (batch,) = generated(work, [shard])
+    after = Parcel.from_batch(batch).prompts
+    assert after is not None
+    assert [digests_of(one) for one in after["images"]] == [digests_of(one) for one in prompts["images"]]
+    assert all(one["data"] is None for images in after["images"].to_pylist() for one in images or ())
+
+
+def test_broken_images_fail_their_rows_alone(tmp_path: Path, model: str) -> None:
+    rows = [("What?", [RED]), ("What?", [b"broken"]), ("What?", [BLUE])]
+    output = planned(settings(tmp_path, model, rows))
+    (footer,) = run(output.work("first"), output.plan.shards)
+    assert footer.stats.balanced
+    assert footer.stats.error_codes == {"bad_image": 1}
+    assert [row["error_code"] for row in rows_of(tmp_path / "out").to_pylist()] == [None, "bad_image", None]
+
+
+def test_a_later_step_may_ask_about_images(tmp_path: Path, model: str) -> None:
+    prompt = {"template": "And {{ generated_text }}?", "images_column": "seen"}
+    step = {"generate": {"column": "more", "prompt": prompt, "sampling": {"temperature": 0, "max_tokens": 8}}}
+    output = planned(settings(tmp_path, model, steps=[step]))
+    run(output.work("first"), output.plan.shards)
+    rows = rows_of(tmp_path / "out").to_pylist()
+    assert len({row["more"] for row in rows}) == 5
+    assert rows[0]["more"] == rows[5]["more"]
+
+
+def test_a_preview_counts_images(tmp_path: Path, model: str) -> None:
+    first, *_ = preview(load(settings(tmp_path, model)), rows=5, generate=False)
+    assert first["prompt"] == "<|user|><image>What?<|assistant|>"
+    assert first["images"] == 1
+
+
+def test_mistakes_stop_the_plan(tmp_path: Path, model: str) -> None:
+    with pytest.raises(SpecError, match=r"prompt.images_column: the model .* takes no images"):
+        planned(settings(tmp_path, str(TINY)))
+    with pytest.raises(SpecError, match=r"output.conversation: the column holds text only"):
+        planned(settings(tmp_path, model, output={"conversation": "turns"}))
+    with pytest.raises(InputError, match=r"unknown column 'sen'; did you mean 'seen'"):
+        planned(settings(tmp_path, model, prompt={"template": "a", "images_column": "sen"}))
+    pq.write_table(pa.table({"text": ["a"], "seen": [1.5]}), tmp_path / "in" / "x.parquet")
+    given = job(
+        tmp_path / "in",
+        tmp_path / "o",
+        prompt={"template": "a", "images_column": "seen"},
+        model={"source": model},
+    )
+    with pytest.raises(SpecError, match=r"prompt.images_column: 'seen' holds double values"):
+        planned(given)
