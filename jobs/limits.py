@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, PositiveInt, field_validator
 
 from jobs.durations import seconds_of
-from jobs.metering import gpu_seconds_of_parts
+from jobs.metering import gpu_seconds_of_runs
 from pipelines.contracts import Provenance
 from pipelines.errors import LimitReached
 from pipelines.part import Part
@@ -30,7 +30,8 @@ class BudgetSettings(Settings):
     max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
     """GPU hours of all runs of this output together; null: no limit."""
     max_output_tokens: PositiveInt | None = None
-    """Generated tokens in the output, of all runs together; counted when a shard is committed; null: no limit."""
+    """Generated tokens of the output's answers, of all runs together, without those of answers that were reused; counted when a
+    shard is committed; null: no limit."""
     deadline: str | None = None
     """When a run stops: a date and time with its zone (`2026-11-23T06:00:00+01:00`), or a duration from the run's
     start (`90m`, `8h`, `2d`); null: never."""
@@ -79,14 +80,15 @@ class Limits:
         self, parts: Iterable[Part], runs: Iterable[Run], run_id: str, gpus_per_engine: float
     ) -> None:
         """Count what the output's other runs have used. `gpus_per_engine`: this run's, for runs without totals."""
-        origins: dict[str, list[Provenance]] = {}
+        origins: list[Provenance] = []
         for part in parts:
-            self._tokens += part.footer.stats.completion_tokens
-            for origin in (part.footer.provenance, *(one.provenance for one in part.footer.retries)):
-                origins.setdefault(origin.run_id, []).append(origin)
-        known = {run.run_id: run.usage.gpu_s for run in runs if run.usage is not None}
-        for other in (known.keys() | origins.keys()) - {run_id}:
-            self._gpu_s += known.get(other, gpu_seconds_of_parts(origins.get(other, ()), gpus_per_engine))
+            self._tokens += part.footer.stats.tokens_generated
+            origins += (part.footer.provenance, *(one.provenance for one in part.footer.retries))
+        self._gpu_s += gpu_seconds_of_runs(
+            {run.run_id: run.usage.gpu_s for run in runs if run.usage is not None and run.run_id != run_id},
+            (origin for origin in origins if origin.run_id != run_id),
+            gpus_per_engine,
+        )
 
     def reached(self, output_tokens: int, gpu_s: float) -> LimitReached | None:
         """The limit that this run's use so far reaches, together with the earlier runs'."""

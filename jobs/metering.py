@@ -14,7 +14,7 @@ Waiting for a cluster to grow within a pass is counted as if the engines were th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,10 +104,21 @@ def note_engine(engines: dict[str, tuple[float, float]], provenance: Provenance)
     engines[provenance.replica] = (min(first, start), max(last, provenance.committed_at))
 
 
-def gpu_seconds_of_parts(origins: Iterable[Provenance], gpus_per_engine: float) -> float:
-    """What the parts alone tell of a run that left no totals: each engine from its start to its last commit. A lower bound."""
-    engines: dict[str, tuple[float, float]] = {}
+def gpu_seconds_of_runs(
+    totals: Mapping[str, float], origins: Iterable[Provenance], gpus_per_engine: float
+) -> float:
+    """GPU seconds of an output's runs: `totals`, by run, of all their pools; of a run without, what its parts tell.
+
+    That is each engine from its start to its last commit, of the pool that wrote the parts: a lower bound.
+    """
+    engines: dict[str, dict[str, tuple[float, float]]] = {}
     for one in origins:
-        if one.device != "cpu":
-            note_engine(engines, one)
-    return gpus_per_engine * sum(last - start for start, last in engines.values())
+        if one.run_id not in totals and on_gpu(one):
+            note_engine(engines.setdefault(one.run_id, {}), one)
+    held = sum(last - start for of_run in engines.values() for start, last in of_run.values())
+    return sum(totals.values()) + gpus_per_engine * held
+
+
+def on_gpu(origin: Provenance) -> bool:
+    """Whether a GPU made the part; simulated engines name no device."""
+    return origin.device not in ("", "cpu")

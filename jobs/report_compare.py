@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jobs.books import Books
 from jobs.fingerprint import explain_difference
+from jobs.ledger import Run
+from jobs.metering import gpu_seconds_of_runs, on_gpu
 from jobs.report import Report, percentiles
 from jobs.report_charts import duration
 from jobs.spec import CostSettings
-from pipelines.contracts import Provenance
 from pipelines.settings import ModelSettings
 
 #: Settings whose difference says nothing: where a job writes, and what reports show.
@@ -53,32 +54,22 @@ class Cost:
     usd: float | None
     """None where the job has no `cost.gpu_hour_usd`."""
     assumed: bool
-    """Whether engines were taken to have had a GPU each, because `engines_per_gpu: auto` settled how many share one."""
+    """Whether engines of runs without totals were taken to have had a GPU each: `engines_per_gpu: auto` settled how many share one."""
 
 
-def cost_of(books: Books, model: ModelSettings, engines_per_gpu: int | None, cost: CostSettings) -> Cost:
-    """GPU hours, from each engine's start to the last commit of its run, with the GPUs that it had.
+def cost_of(
+    books: Books, runs: Iterable[Run], model: ModelSettings, engines_per_gpu: int | None, cost: CostSettings
+) -> Cost:
+    """GPU hours of an output's runs, of all their pools; `jobs.metering` says how they are counted.
 
-    Time in which Ray or the driver started is not in it, nor engines that never committed a shard. `engines_per_gpu`:
-    None where the job leaves it to Dray.
+    `engines_per_gpu`: None where the job leaves it to Dray; it and `model` are for runs that left no totals.
     """
-    origins = books.origins
-    ended: dict[str, float] = {}
-    began: dict[tuple[str, str, str], float] = {}
-    for origin in origins:
-        ended[origin.run_id] = max(ended.get(origin.run_id, 0.0), origin.committed_at)
-        if _on_gpu(origin):
-            engine = (origin.run_id, origin.node, origin.replica)
-            start = (origin.engine_ready_at or origin.started_at) - origin.engine_start_s
-            began[engine] = min(began.get(engine, start), start)
+    totals = {run.run_id: run.usage.gpu_s for run in runs if run.usage is not None}
     share = model.gpus_per_engine / (engines_per_gpu or 1)
-    hours = sum(max(ended[engine[0]] - start, 0.0) for engine, start in began.items()) * share / 3600
+    hours = gpu_seconds_of_runs(totals, books.origins, share) / 3600
+    guessed = any(on_gpu(origin) and origin.run_id not in totals for origin in books.origins)
     usd = None if cost.gpu_hour_usd is None else hours * cost.gpu_hour_usd
-    return Cost(gpu_hours=hours, usd=usd, assumed=bool(began) and engines_per_gpu is None)
-
-
-def _on_gpu(origin: Provenance) -> bool:
-    return origin.device not in ("", "cpu")
+    return Cost(gpu_hours=hours, usd=usd, assumed=guessed and engines_per_gpu is None)
 
 
 def figures(report: Report, cost: Cost) -> list[Figure]:

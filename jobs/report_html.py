@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jobs.books import Books, fold
 from jobs.fingerprint import steps_of
 from jobs.inspect import opened, stored_report
+from jobs.ledger import read_runs
 from jobs.references import References
 from jobs.report import Report, step_counts
 from jobs.report_charts import Distribution, duration, of_histogram, of_lengths, timeline
@@ -78,7 +79,7 @@ def facts_of(storage: Storage, spec: JobSpec | None = None) -> Facts:
         hide = list(dict.fromkeys([*hide, *spec.report.redact]))
         prices = spec.cost
     rename = record["spec"].get("output", {}).get("rename") or {}
-    cost = cost_of(books, sections.model, sections.engines_per_gpu, prices)
+    cost = cost_of(books, read_runs(storage), sections.model, sections.engines_per_gpu, prices)
     codes = sorted(report.stats.error_codes, key=lambda code: -report.stats.error_codes[code])
     return Facts(
         record=record,

@@ -350,7 +350,7 @@ class Driver:
         if self.stop.reason and self.ending is None:
             self.ending = Interrupted(self.stop.reason)
         if self.ending is None:
-            self.ending = self.limits.reached(self.stats.completion_tokens, self.meter.gpu_s)
+            self.ending = self.limits.reached(self.stats.tokens_generated, self.meter.gpu_s)
 
     def _why(self) -> str:
         return str(self.ending).splitlines()[0]

@@ -353,6 +353,11 @@ class ShardStats:
     ttft_s: Histogram = field(default_factory=Histogram)
     """Seconds from admission to the first token, per request."""
 
+    @property
+    def tokens_generated(self) -> int:
+        """Output tokens that an engine made for these answers: without reused ones, with those of repaired ones."""
+        return self.completion_tokens - self.tokens_reused + self.repair_tokens
+
     def __add__(self, other: ShardStats) -> ShardStats:
         merged = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
         return ShardStats(

@@ -20,7 +20,7 @@ from jobs.cli import main
 from jobs.ledger import Ledger, new_run_id, read_runs
 from jobs.loading import load
 from jobs.lock import LOCK_NAME, OutputLock
-from jobs.metering import Meter, Usage, gpu_seconds_of_parts
+from jobs.metering import Meter, Usage, gpu_seconds_of_runs
 from jobs.output import SPEC
 from jobs.shared_ledger import Announcer, announcer, record_name
 from jobs.team_runs import parse_since, team_runs
@@ -144,8 +144,10 @@ def test_a_cpu_costs_no_gpu_time() -> None:
     meter.begin(gpus_per_engine=0, least=3, most=3)
     meter.end()
     assert meter.gpu_s == 0
-    assert gpu_seconds_of_parts([replace(part("a", ready=1, start_s=0, committed=9), device="cpu")], 1.0) == 0
-    assert gpu_seconds_of_parts([part("a", ready=5, start_s=4, committed=9)], 0.5) == 4
+    assert (
+        gpu_seconds_of_runs({}, [replace(part("a", ready=1, start_s=0, committed=9), device="cpu")], 1.0) == 0
+    )
+    assert gpu_seconds_of_runs({}, [part("a", ready=5, start_s=4, committed=9)], 0.5) == 4
 
 
 # ── A team's ─────────────────────────────────────────────────────────────────────────────────────────────────────

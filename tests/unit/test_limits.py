@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,15 @@ def test_earlier_runs_count(tmp_path: Path) -> None:
     hours.add_earlier(parts, runs, "mine", 1.0)
     assert hours.reached(0, 1799) is None
     assert hours.reached(0, 1800) is not None
+
+
+def test_answers_that_were_reused_cost_no_tokens(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in")
+    output = committed(settings(tmp_path))
+    (part, *_) = fold(output.storage, output.plan).parts
+    made = part.footer.stats.completion_tokens
+    stats = replace(part.footer.stats, tokens_reused=made - 3, repair_tokens=2)
+    limits = Limits(BudgetSettings(max_output_tokens=6), "out")
+    limits.add_earlier([replace(part, footer=replace(part.footer, stats=stats))], [], "mine", 1.0)
+    assert limits.reached(0, 0) is None
+    assert limits.reached(1, 0) is not None

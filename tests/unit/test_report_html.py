@@ -15,6 +15,8 @@ from click.testing import CliRunner
 from jobs import load
 from jobs.cli import main
 from jobs.fingerprint import fingerprint, identity
+from jobs.ledger import Run
+from jobs.metering import Usage
 from jobs.report_charts import BINS, DRAWN, LANES, Axis, duration, of_lengths, quantile, spread, timeline
 from jobs.report_compare import Figure, compared, cost_of, differing_settings
 from jobs.report_html import Facts, facts_of, render_html
@@ -231,7 +233,9 @@ def test_a_shard_stands_in_each_engine_that_it_passed_through(tmp_path: Path) ->
     assert max(bar.height for bar in drawn.throughput if bar.x > 0.5) == pytest.approx(10 / 25)
 
 
-def test_cost_counts_each_engine_from_its_start_to_the_end_of_its_run(tmp_path: Path) -> None:
+def test_cost_is_what_runs_counted_and_else_each_engine_from_its_start_to_its_last_commit(
+    tmp_path: Path,
+) -> None:
     books = facts_of(made(tmp_path).storage).books
 
     def origin(replica: str, ready: float, end: float, run: str) -> dict[str, object]:
@@ -253,11 +257,23 @@ def test_cost_counts_each_engine_from_its_start_to_the_end_of_its_run(tmp_path: 
     )
     books = replace(books, parts=parts)
     price = CostSettings(gpu_hour_usd=2)
-    found = cost_of(books, ModelSettings(source="m", engine={"tensor_parallel_size": 2}), 1, price)
-    assert found.gpu_hours == pytest.approx(2 * (2 + 1.5 + 1))
-    assert found.usd == pytest.approx(18)
-    assert cost_of(books, ModelSettings(source="m"), 3, price).gpu_hours == pytest.approx(1.5)
-    assert cost_of(books, ModelSettings(source="m"), None, CostSettings()).assumed
+    killed = cost_of(books, [], ModelSettings(source="m", engine={"tensor_parallel_size": 2}), 1, price)
+    assert killed.gpu_hours == pytest.approx(2 * (2 + 5200 / 3600 + 1))
+    assert killed.usd == pytest.approx(2 * killed.gpu_hours)
+    one = ModelSettings(source="m")
+    assert cost_of(books, [], one, 3, price).gpu_hours == pytest.approx(killed.gpu_hours / 6)
+    assert cost_of(books, [], one, None, CostSettings()).assumed
+    # Run a counted for itself: of another pool, whose engines no part names, as well.
+    counted = [ended("a", 5 * 3600.0), ended("c", 3600.0)]
+    assert cost_of(books, counted, one, 1, price).gpu_hours == pytest.approx(5 + 1 + 1)
+    assert not cost_of(books, [*counted, ended("b", 1.0)], one, None, price).assumed
+
+
+def ended(run_id: str, gpu_s: float) -> Run:
+    """A run with totals."""
+    usage = Usage(rows=1, failed=0, prompt_tokens=1, output_tokens=1, gpu_s=gpu_s, cost_usd=None)
+    times = {"started_at": 0.0, "ended_at": 1.0}
+    return Run(run_id=run_id, command="run", state="succeeded", message="", usage=usage, **times)
 
 
 def test_two_runs_are_compared(tmp_path: Path) -> None:
