@@ -37,6 +37,8 @@ _COUNTED: dict[str, frozenset[str] | None] = {
 
 #: (section, key) of values whose keys count in their order: that of a column's fields, and that of the prompt's text.
 _ORDERED = (("sampling", "output_schema"), ("prompt", "tools"))
+#: Keys of steps that name the columns which these add: of `parse`, `map` and `gather`.
+_ADDS = ("json", "xml", "adds", "columns")
 
 _SMALL_FILES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".vocab"})
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
@@ -104,9 +106,11 @@ def _step_identity(step: StepSettings) -> dict[str, Any]:
 
 def _ordered(step: Mapping[str, Any]) -> list[tuple[dict[str, Any], str]]:
     """Where a step's values have keys whose order counts: in an identity they stand as text."""
-    asked = [value for value in step.values() if isinstance(value, dict)]
-    sections = [(one.get(section) or {}, key) for one in asked for section, key in _ORDERED]
-    return [(section, key) for section, key in sections if key in section]
+    settings = [value for value in step.values() if isinstance(value, dict)]
+    sections = [(one.get(section) or {}, key) for one in settings for section, key in _ORDERED]
+    # What a step adds, by name, is written in that order; `columns` of other steps are lists.
+    added = [(one, key) for one in settings for key in _ADDS if isinstance(one.get(key), dict | str)]
+    return [(section, key) for section, key in sections if key in section] + added
 
 
 def steps_of(identity: Mapping[str, Any]) -> tuple[StepSettings, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs.fingerprint import digest_of_model, explain_difference, fingerprint, identity
+from jobs.fingerprint import digest_of_model, explain_difference, fingerprint, identity, steps_of
 from jobs.loading import load
 from pipelines.errors import ModelError
 
@@ -109,6 +109,25 @@ def test_the_order_in_which_a_tools_keys_stand_counts_since_the_prompt_has_it() 
         for function in (tool, dict(reversed(tool.items())))
     )
     assert fingerprint(one) != fingerprint(other)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"parse": {"json": {"b": "int64", "a": "string"}}},
+        {"parse": {"xml": {"b": "int64", "a": "string"}}},
+        {"gather": {"columns": {"all_b": "question", "all_a": "generated_text"}}},
+    ],
+)
+def test_the_order_of_the_columns_that_a_step_adds_counts_since_parts_have_it(step: dict[str, Any]) -> None:
+    ((kind, settings),) = step.items()
+    ((key, columns),) = settings.items()
+    other = {kind: {key: dict(reversed(columns.items()))}}
+    found = [of(f"steps={json.dumps([one])}") for one in (step, other)]
+    assert fingerprint(found[0]) != fingerprint(found[1])
+    for identity_, given in zip(found, (step, other), strict=True):
+        (read,) = steps_of(json.loads(json.dumps(identity_, sort_keys=True)))
+        assert list(read.model_dump(by_alias=True)[kind][key]) == list(given[kind][key])
 
 
 def test_simulated_answers_count_and_their_speed_does_not() -> None:
