@@ -204,14 +204,16 @@ def openai(as_json: bool, **options: Any) -> None:
             raise SpecError(
                 "prompt: the job has none, so there is no chat to write; `dray export jsonl` writes its columns"
             )
-        lists = [(name, step) for name, step in spec.named_steps.items() if step.explode or step.gather]
-        for name, step in lists[-1:]:
-            if step.explode is not None:
-                raise SpecError(
-                    f"steps.{name}: the elements of a list share the job's own prompt and answer, which would be "
-                    "written once for each: take the columns that belong together, `dray export jsonl OUT FOLDER --columns …`"
-                )
-        return as_chats(spec.prompt, prompt_columns(spec), spec.output.rename, own_folders())
+        lists = [name for name, step in spec.named_steps.items() if step.explode or step.gather]
+        if lists and spec.named_steps[lists[-1]].explode:
+            raise SpecError(
+                f"steps.{lists[-1]}: the elements of a list share the job's own prompt and answer, which would be "
+                "written once for each: take the columns that belong together, `dray export jsonl OUT FOLDER --columns …`"
+            )
+        calls = spec.sampling.tool_call_parser is not None
+        return as_chats(
+            spec.prompt, prompt_columns(spec), spec.output.rename, own_folders(), calls_tools=calls
+        )
 
     _tell(_exported("jsonl", LineSink, chats, **options), as_json=as_json)
 

@@ -104,14 +104,21 @@ def with_columns(columns: list[str] | None) -> Callable[[pa.Table], pa.Table]:
 
 
 def as_chats(
-    prompt: PromptSettings, needs: frozenset[str], rename: Mapping[str, str], folders: tuple[str, ...]
+    prompt: PromptSettings,
+    needs: frozenset[str],
+    rename: Mapping[str, str],
+    folders: tuple[str, ...],
+    *,
+    calls_tools: bool = False,
 ) -> Callable[[pa.Table], pa.Table]:
-    """Records as OpenAI's fine-tuning lines: `messages`, the last of them the answer.
+    """Records as OpenAI's fine-tuning lines: `messages`, the last of them the answer, and the prompt's `tools`.
 
     https://platform.openai.com/docs/guides/supervised-fine-tuning: a record whose prompt gives no messages, or whose
-    answer is empty, is left out, and so is one with images. `needs`: the columns without which there is no prompt. Raises SpecError where the
-    output does not hold one of them.
+    answer is empty, is left out, and so is one with images. `needs`: the columns without which there is no prompt;
+    `calls_tools`: whether `tool_calls` holds what answers call. Raises SpecError where the output does not hold one of them.
     """
+    if calls_tools:
+        needs |= {"tool_calls"}
     if prompt.chat is False:
         raise SpecError(
             "openai: `prompt.chat: false` asks for completions, of which there are no messages; see jsonl"
@@ -128,16 +135,31 @@ def as_chats(
                 f"openai: the prompt needs the column {missing[0]!r}, which the output does not hold"
             )
         found = conversations(asked.drop_columns(["error_code", "error_message"]))
+        calls = asked["tool_calls"].to_pylist() if calls_tools else [None] * len(asked)
+        answers = map(_answer, asked["generated_text"].to_pylist(), calls)
+        tools = {} if prompt.tools is None else {"tools": prompt.tools}
         lines = [
-            {"messages": [*messages, {"role": "assistant", "content": text}]}
-            for messages, text in zip(found, records["generated_text"].to_pylist(), strict=True)
-            if not isinstance(messages, RowError) and text and not has_images(messages)
+            {"messages": [*messages, answer], **tools}
+            for messages, answer in zip(found, answers, strict=True)
+            if not isinstance(messages, RowError) and answer and not has_images(messages)
         ]
         return pa.table(
             {"line": pa.array([json.dumps(line, ensure_ascii=False) for line in lines], pa.string())}
         )
 
     return prepare
+
+
+def _answer(text: str | None, calls: list[dict[str, str]] | None) -> dict[str, Any] | None:
+    """The assistant's message; None where it says nothing and calls nothing."""
+    if not text and not calls:
+        return None
+    said: dict[str, Any] = {"content": text} if text else {}
+    if calls:
+        said["tool_calls"] = [
+            {"id": f"call_{place}", "type": "function", "function": call} for place, call in enumerate(calls)
+        ]
+    return {"role": "assistant", **said}
 
 
 class LineSink(JsonSink):

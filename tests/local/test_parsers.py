@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch  # noqa: F401 -- now: simulated engines of other tests keep it out of a process that has not got it yet
 
 from jobs import load, run
+from jobs.books import SUCCESS
 from jobs.inspect import verify
 from jobs.preview import preview
 from jobs.retry import retry_failed
@@ -23,7 +25,7 @@ from pipelines.part import read_part
 from pipelines.settings import ModelSettings, PoolSettings, PromptSettings, SamplingSettings
 from pipelines.storage import Storage
 from pipelines.tokenizer import load_tokenizer
-from tests.local.runs import REAL, job, rows_of
+from tests.local.runs import REAL, dray, job, rows_of
 from tests.tiny_models import byte_level, thinking_model, with_weights
 from tests.unit.stages import Output, committed, planned
 from tests.unit.stages import run as run_stages
@@ -206,6 +208,22 @@ def test_a_conversation_goes_on_with_what_was_said_alone(model: Path, tmp_path: 
     settings["sampling"] = {**sampling, "tool_call_parser": "hermes"}
     with pytest.raises(SpecError, match=r"output\.conversation: holds role and content.*tool_call_parser"):
         load(settings)
+
+
+@pytest.mark.parametrize("said", ["", "Well: "])
+def test_calls_are_part_of_an_exported_chat(model: Path, tmp_path: Path, said: str) -> None:
+    settings = simulated(model, tmp_path, "out", prompt={"template": "{{ question }}", "tools": [TOOL]})
+    settings["model"]["simulated"]["prefix"] = f"<think>ab</think>{said}{CALL}"
+    output = committed(settings)
+    output.storage.write(SUCCESS, b"{}")
+    done = dray("export", "openai", str(output.folder), str(tmp_path / "chats"))
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "chats").rglob("*.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    call = {"id": "call_0", "type": "function", "function": CALLED[0]}
+    answer = {"role": "assistant", **({"content": said} if said else {}), "tool_calls": [call]}
+    assert sorted(line["messages"][0]["content"] for line in lines) == [f"q{i}" for i in range(8)]
+    assert all(line == {"messages": [line["messages"][0], answer], "tools": [TOOL]} for line in lines)
 
 
 def test_an_answer_that_was_cut_within_its_reasoning_is_no_failure(model: Path, tmp_path: Path) -> None:
