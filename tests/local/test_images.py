@@ -42,6 +42,8 @@ GOOD: list[tuple[str, list[bytes]]] = [
     ("What is it?", [image(90, mode="L")]),
     ("What is it?", [image("red")]),
     ("Which colour?", [image("green", (28, 28))]),
+    # Seen nowhere else, so that no cache of vLLM's can know which is which.
+    ("Which colour?", [image("cyan"), image("magenta")]),
     ("And without any?", []),
 ]
 #: (images, the error that they make)

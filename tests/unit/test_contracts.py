@@ -93,6 +93,7 @@ def test_a_parcel_survives_the_journey_between_stages() -> None:
             [9, None],
             [1, None],
             [[{"role": "user", "content": "a"}], None],
+            [[{"sha256": bytes(32), "data": b"file"}], None],
             [None, "missing_value"],
             [None, "no doc"],
         ],

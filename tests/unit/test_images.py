@@ -266,7 +266,7 @@ def test_kept_answers_are_taken_over_for_the_same_images_only(tmp_path: Path, mo
         return output
 
     answered("one", [("What?", [RED]), ("What?", [BLUE]), ("Why?", [])])
-    other = answered("two", [("What?", [RED]), ("What?", [BLUE, BLUE]), ("Why?", [])], "one")
+    other = answered("two", [("What?", [RED]), ("What?", [image("green")]), ("Why?", [])], "one")
     stats = read_part(other.storage, other.plan.shards[0].part_name).footer.stats
     assert stats.rows_reused == 2
     one, two = (rows_of(tmp_path / name).to_pylist() for name in ("one", "two"))
