@@ -140,7 +140,8 @@ def figures(report: Report) -> dict[str, str]:
     if stats.samples != stats.rows_ok:
         found["samples"] = f"{stats.samples:,}"
     found |= {f"step {name}": step_counts(counts) for name, counts in stats.steps.items()}
-    found["tokens in / out"] = f"{stats.prompt_tokens:,} / {stats.completion_tokens:,}"
+    reasoning = f" ({stats.reasoning_tokens:,} reasoning)" if stats.reasoning_tokens else ""
+    found["tokens in / out"] = f"{stats.prompt_tokens:,} / {stats.completion_tokens:,}{reasoning}"
     if stats.rows_reused:
         found["reused"] = (
             f"{stats.rows_reused:,} answers, {stats.tokens_reused:,} output tokens not generated again"
@@ -171,6 +172,8 @@ def step_counts(counts: dict[str, int]) -> str:
     ends = [f"{counts[end]:,} {end}" for end in every if counts.get(end) or end == "out"]
     words = {"completion_tokens": "output tokens", "prompt_tokens": "prompt tokens"}
     tokens = next((f"; {counts[name]:,} {what}" for name, what in words.items() if counts.get(name)), "")
+    if counts.get("reasoning_tokens"):
+        tokens += f" ({counts['reasoning_tokens']:,} reasoning)"
     added = f" + {counts['added']:,} added" if counts.get("added") else ""
     return f"{counts['in']:,} records{added}: {', '.join(ends)}{tokens}"
 

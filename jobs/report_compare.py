@@ -85,6 +85,7 @@ def figures(report: Report, cost: Cost) -> list[Figure]:
         _count("Shards", report.shards_committed),
         _count("Prompt tokens", stats.prompt_tokens),
         _count("Output tokens", stats.completion_tokens),
+        *([_count("Reasoning tokens", stats.reasoning_tokens)] if stats.reasoning_tokens else []),
         _count("Output tokens/s", speed, "more"),
         Figure(name="Rows/s", value=rows_s, shown="–" if rows_s is None else f"{rows_s:,.1f}", better="more"),
         _time("Generating", report.generating_s),

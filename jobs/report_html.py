@@ -33,6 +33,7 @@ _TILES = (
     "Output tokens/s",
     "Prompt tokens",
     "Output tokens",
+    "Reasoning tokens",
     "Generating",
     "GPU hours",
     "Cost",

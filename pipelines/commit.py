@@ -91,7 +91,7 @@ class Commit:
             )
         records, counts = self.reading.steps.run(answers)
         rows = settled(records)
-        stats = count(parcel, records, rows, counts)
+        stats = count(parcel, records, rows, counts, self.work.sampling)
         if not stats.balanced:
             raise ShardError(f"the books of shard {parcel.shard.id} do not balance: {stats}")
         footer = Footer(

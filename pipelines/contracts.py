@@ -325,6 +325,8 @@ class ShardStats:
     prompt_tokens: int = 0
     """Counted once per row that got an answer, whatever n is, and whatever the steps made of it."""
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Those of `completion_tokens` that the columns `reasoning_tokens` count; answers whose parser does not tell have none."""
     cached_tokens: int = 0
     """Prompt tokens found in the engine's prefix cache."""
     prepare_s: float = 0.0

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from pipelines.contracts import ANSWER_FIELDS, Counts, ShardStats
 from pipelines.histogram import Histogram
 from pipelines.place import has_elements, input_rows
+from pipelines.settings import SamplingSettings
 from pipelines.stage import Parcel
 
 #: The columns that `tally` reads, and those that it reads where the job has a prompt of its own.
@@ -42,10 +43,15 @@ def tally(rows: pa.Table) -> ShardStats:
     )
 
 
-def spent(records: pa.Table, steps: Counts) -> dict[str, Any]:
-    """`SPENT`: on the records' own answers, and on what steps asked a model about them, whatever became of them."""
-    found = _spent(distinct_answers(records))
-    for name in ("prompt_tokens", "completion_tokens", "cached_tokens"):
+def spent(records: pa.Table, steps: Counts, *, reasons: bool) -> dict[str, Any]:
+    """`SPENT` and `reasoning_tokens`: on the records' own answers, and on what steps asked a model about them, whatever became of
+    them. `reasons`: whether the own answers have that column, a name that an input's may have as well."""
+    answers = distinct_answers(records)
+    found = {
+        **_spent(answers),
+        "reasoning_tokens": (pc.sum(answers["reasoning_tokens"]).as_py() or 0) if reasons else 0,
+    }
+    for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens"):
         found[name] += sum(step.get(name, 0) for step in steps.values())
     return found
 
@@ -71,15 +77,17 @@ def distinct_answers(records: pa.Table) -> pa.Table:
     return records.take(keys.group_by(["row", "sample"]).aggregate([("place", "min")])["place_min"].sort())
 
 
-def count(parcel: Parcel, records: pa.Table, rows: pa.Table, steps: Counts) -> ShardStats:
+def count(
+    parcel: Parcel, records: pa.Table, rows: pa.Table, steps: Counts, sampling: SamplingSettings
+) -> ShardStats:
     """The statistics of a parcel: of the `rows` that will be written and of all the `records` that they were taken from,
-    and of the `steps` since the last generation; not from what stages claimed."""
+    and of the `steps` since the last generation; not from what stages claimed. `sampling`: of the job's own answers."""
     notes, written = parcel.notes, tally(rows)
     every = {**notes.get("steps", {}), **steps}
     became = count_rows(records)
     return replace(
         written,
-        **spent(records, every),
+        **spent(records, every, reasons=sampling.reasoning_parser is not None),
         rows_dropped=became - written.rows_in,
         rows_added=became - pc.count_distinct(input_rows(records["row_id"])).as_py(),
         steps=every,

@@ -77,7 +77,7 @@ def merge(
         new = settled(became)
         rows = _replaced(standing.rows, again, new, parcel.shard, part_schema(work))
         retried = replace(
-            count(parcel, records, new, counts),
+            count(parcel, records, new, counts, work.sampling),
             rows_read=len(again),
             rows_filtered=0,
             rows_in=len(again),

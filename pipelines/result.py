@@ -51,12 +51,14 @@ def _with_answers(
         at = records.column_names.index(name)
         values = pc.coalesce(records[name], answers.errors[name].take(index))
         records = records.set_column(at, records.schema.field(at), values)
-    for suffix, values in answer_columns(step, answers, says).items():
+    columns = answer_columns(step, answers, says)
+    for suffix, values in columns.items():
         records = records.append_column(f"{step.column}{suffix}", values.take(index))
     if conversation is not None:
         asked_of = prompts["messages"].take(index)
         records = records.append_column(conversation, conversations(asked_of, records[step.column]))
     failed = len(asked) - answers.errors["error_code"].null_count
+    reasoning = columns.get("_reasoning_tokens")
     return records, {
         "in": len(asked),
         "out": len(asked) - failed,
@@ -65,6 +67,7 @@ def _with_answers(
         "prompt_tokens": pc.sum(answers.prompt_tokens).as_py() or 0,
         "completion_tokens": pc.sum(answers.completion_tokens).as_py() or 0,
         "cached_tokens": pc.sum(answers.cached_tokens).as_py() or 0,
+        **({} if reasoning is None else {"reasoning_tokens": pc.sum(reasoning).as_py() or 0}),
     }
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from array import array
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs import load
+from jobs.inspect import report_of
+from jobs.report import figures
+from jobs.report_html import facts_of, render_html
 from pipelines.answer_parsers import Parsed, known_parsers, open_parser, parsed_columns
 from pipelines.contracts import GENERATION_SCHEMA
 from pipelines.engine import Answer, Sample
@@ -19,7 +24,8 @@ from pipelines.errors import RowError, SpecError
 from pipelines.settings import ModelSettings, SamplingSettings
 from pipelines.step_settings import StepSettings
 from pipelines.structured import Structured
-from tests.local.runs import job
+from tests.local.runs import job, rows_of
+from tests.unit.stages import committed
 
 STEP = {"column": "again", "prompt": {"template": "{{ generated_text }}"}}
 
@@ -142,6 +148,52 @@ def test_answers_become_columns_and_failed_ones_nulls() -> None:
         "reasoning_tokens": [2, None, None, 4],
         "tool_calls": [None, None, [{"name": "f", "arguments": "{}"}], None],
     }
+
+
+def test_statistics_and_reports_sum_the_reasoning_of_all_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of answers that a step drops afterwards; a column of the input with that name is none of it."""
+
+    class Halves(Marked):
+        def parse(self, text: str, token_ids: list[int]) -> Parsed:
+            return replace(super().parse(text, token_ids), reasoning_tokens=len(token_ids) // 2)
+
+    monkeypatch.setattr("pipelines.advance.open_parser", lambda model, sampling, prompt: Halves())
+    (tmp_path / "in").mkdir()
+    asked = {"question": [f"q{i}" for i in range(6)], "reasoning_tokens": [1000] * 6}
+    pq.write_table(pa.table(asked), tmp_path / "in" / "x.parquet")
+    parsed = {"temperature": 0, "max_tokens": 20, "reasoning_parser": "qwen3"}
+
+    def made(name: str, columns: list[str], **sections: Any) -> tuple[Any, ...]:
+        steps = [
+            {"filter": {"where": "question != 'q1'"}},
+            {"generate": {**STEP, "sampling": {**parsed, "max_tokens": 16}}},
+        ]
+        settings = job(tmp_path / "in", tmp_path / name, steps=steps, **sections)
+        settings["input"]["columns"] = columns
+        settings["model"]["simulated"] = {"prefix": "so|", "max_tokens": 12}
+        output = committed(settings)
+        return rows_of(output.folder).to_pylist(), report_of(output.storage), facts_of(output.storage)
+
+    rows, report, facts = made("out", ["question"], sampling=parsed)
+    (own,) = {row["reasoning_tokens"] for row in rows if row["question"] == "q0"}
+    step = sum(row["again_reasoning_tokens"] for row in rows)
+    stats = report.stats
+    assert len(rows) == 5
+    assert stats.steps["generate"]["reasoning_tokens"] == step > 0
+    assert stats.reasoning_tokens > sum(row["reasoning_tokens"] for row in rows) + step, "q1's as well"
+    assert 0 < own < stats.reasoning_tokens < stats.completion_tokens
+    words = figures(report)
+    assert words["tokens in / out"].endswith(f" ({stats.reasoning_tokens:,} reasoning)")
+    assert words["step generate"].endswith(f" output tokens ({step:,} reasoning)")
+    assert report.to_dict()["stats"]["reasoning_tokens"] == stats.reasoning_tokens
+    assert f"<dt>Reasoning tokens</dt><dd>{stats.reasoning_tokens:,}</dd>" in render_html(facts)
+
+    rows, report, facts = made("carried", ["question", "reasoning_tokens"])
+    assert {row["reasoning_tokens"] for row in rows} == {1000}
+    step = sum(row["again_reasoning_tokens"] for row in rows)
+    assert report.stats.reasoning_tokens == step
 
 
 async def checked(*texts: tuple[str, str]) -> Answer:
