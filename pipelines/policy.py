@@ -23,7 +23,14 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
 from pipelines.errors import DrayError, SpecError
-from pipelines.policy_sources import evasive_problems, revision_of, sources_of, trusts, unreadable_problems
+from pipelines.policy_sources import (
+    evasive_problems,
+    plugins_of,
+    revision_of,
+    sources_of,
+    trusts,
+    unreadable_problems,
+)
 from pipelines.settings import ModelSettings, PoolSettings, Settings, Text
 from pipelines.storage import locate
 
@@ -36,9 +43,9 @@ class TrustedCode(Settings):
     """A model that may run code of its own."""
 
     source: Text
-    """The model's source, in full: no pattern."""
+    """The model's source, or the path of a parser's plugin, in full: no pattern."""
     revision: Text | None = None
-    """The job's `model.revision` must be this one: a commit, or the `sha256:…` of a URL's. Only a local folder, which the platform keeps itself, goes without."""
+    """The job's `model.revision` must be this one: a commit, or the `sha256:…` of a URL's. Only a local folder or plugin, which the platform keeps itself, goes without."""
 
 
 class ModelsPolicy(Settings):
@@ -47,7 +54,7 @@ class ModelsPolicy(Settings):
     allow: list[Text] | None = None
     """Patterns of fnmatch over hub ids, folders and URLs; null: any."""
     trust_remote_code: list[TrustedCode] = Field(default_factory=list)
-    """Models whose own code may run."""
+    """Models whose own code may run, and plugins of parsers."""
 
 
 class PoolPolicy(Settings):
@@ -74,7 +81,7 @@ class StoragePolicy(Settings):
 
 
 class Policy(Settings):
-    """All of it; an empty one allows everything but a model's own code."""
+    """All of it; an empty one allows everything but a model's own code, plugins of its parsers included."""
 
     models: ModelsPolicy = ModelsPolicy()
     """Which models."""
@@ -118,16 +125,12 @@ def model_problems(policy: Policy, model: ModelSettings) -> list[str]:
             problems.append(
                 f"{key}: {source} is not allowed here; the platform's policy allows {', '.join(allowed) or 'none'}"
             )
+    for key, path in plugins_of(model):
+        problems += _code_problems(policy, key, path, None)
     if trusts(model):
         for key, source in sources_of(model):
-            revision = revision_of(key, model)
-            if not any(_is_trusted(entry, source, revision) for entry in policy.models.trust_remote_code):
-                at = f"revision {revision}" if revision else "no revision"
-                problems.append(
-                    f"model.engine.trust_remote_code: {key} {source} with {at} may not run code of its own here; only the "
-                    f"platform's policy ({VARIABLE}) can allow that, by models.trust_remote_code for that very source and "
-                    "revision"
-                )
+            said = f"model.engine.trust_remote_code: {key}"
+            problems += _code_problems(policy, said, source, revision_of(key, model))
         if model.engine.get("code_revision") not in (None, model.revision):
             problems.append(
                 "model.engine.code_revision: code is only trusted of model.revision; leave it out"
@@ -136,6 +139,16 @@ def model_problems(policy: Policy, model: ModelSettings) -> list[str]:
         problems += evasive_problems(model)
         problems += _options_problems(policy, "model", model.storage_options)
     return problems
+
+
+def _code_problems(policy: Policy, key: str, source: str, revision: str | None) -> list[str]:
+    if any(_is_trusted(entry, source, revision) for entry in policy.models.trust_remote_code):
+        return []
+    at = f"revision {revision}" if revision else "no revision"
+    return [
+        f"{key} {source} with {at} may not run code of its own here; only the platform's policy ({VARIABLE}) can allow "
+        "that, by models.trust_remote_code for that very source and revision"
+    ]
 
 
 def pool_problems(policy: Policy, model: ModelSettings, pool: PoolSettings) -> list[str]:

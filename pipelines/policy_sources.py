@@ -51,11 +51,21 @@ def trusts(model: ModelSettings) -> bool:
     return bool(model.engine.get("trust_remote_code") or drafter.get("trust_remote_code"))
 
 
+def plugins_of(model: ModelSettings) -> list[tuple[str, str]]:
+    """(key, path) of the files of Python that the engine would run besides the model's own."""
+    name, within = "reasoning_parser_plugin", "structured_outputs_config"
+    given = [
+        (f"model.engine.{name}", model.engine.get(name)),
+        (f"model.engine.{within}.{name}", _mapping(model.engine, within).get(name)),
+    ]
+    return [(key, str(path)) for key, path in given if path]
+
+
 def unreadable_problems(model: ModelSettings) -> list[str]:
     """Engine arguments that name sources in a form that cannot be looked into, one line each."""
     return [
         f"model.engine.{key}: must be a mapping"
-        for key in ("speculative_config", "default_mm_loras")
+        for key in ("speculative_config", "default_mm_loras", "structured_outputs_config")
         if model.engine.get(key) and not isinstance(model.engine[key], Mapping)
     ]
 

@@ -113,7 +113,9 @@ def test_a_job_without_a_prompt_has_no_answers_to_parse(tmp_path: Path) -> None:
         load(settings)
 
 
-def test_a_parser_of_a_plugin_may_have_any_name(tmp_path: Path) -> None:
+def test_a_parser_of_a_plugin_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "policy.yaml").write_text("models: {trust_remote_code: [{source: /plugins/mine.py}]}")
+    monkeypatch.setenv("DRAY_POLICY", str(tmp_path / "policy.yaml"))
     engine = {"reasoning_parser_plugin": "/plugins/mine.py"}
     load(
         job(

@@ -79,6 +79,32 @@ def test_an_entry_without_revision_is_for_local_folders_only(policy: Any, tmp_pa
     assert "may not run code of its own" in said
 
 
+@pytest.mark.parametrize("within", [None, "structured_outputs_config"])
+def test_a_parsers_plugin_is_code_of_the_models_own(policy: Any, within: str | None) -> None:
+    def plugged(path: str) -> dict[str, Any]:
+        given = {"reasoning_parser_plugin": path}
+        return job(model={"engine": {within: given} if within else given})
+
+    key = ".".join(["model.engine", *([within] if within else []), "reasoning_parser_plugin"])
+    policy("{}")
+    said = refusal(plugged("/plugins/mine.py"))
+    assert f"{key} /plugins/mine.py with no revision may not run code of its own here" in said
+    assert "DRAY_POLICY" in said
+    policy("models: {allow: ['Qwen/*'], trust_remote_code: [{source: /plugins/mine.py}, {source: mine.py}]}")
+    load(plugged("/plugins/mine.py"))
+    for other in ("/plugins/../mine.py", "/plugins/other.py", "mine.py"):
+        assert "may not run code of its own" in refusal(plugged(other))
+    with pytest.raises(SpecError, match="may not run code of its own"):  # nor on a worker with its own policy
+        check_model_allowed(ModelSettings.model_validate(plugged("/plugins/other.py")["model"]))
+
+
+def test_where_plugins_stand_has_to_be_readable(policy: Any) -> None:
+    policy("{}")
+    text = '{"reasoning_parser_plugin": "/plugins/mine.py"}'
+    said = refusal(job(model={"engine": {"structured_outputs_config": text}}))
+    assert "structured_outputs_config: must be a mapping" in said
+
+
 def test_the_pool_is_held_to_its_size_also_when_auto_is_settled(policy: Any) -> None:
     policy("pool: {max_engines: 4, max_gpus: 4}")
     load(job(pool={"replicas": 4}))
