@@ -34,6 +34,15 @@ class Interval:
         """A rising function of what is estimated."""
         return Interval(function(self.value), function(self.low), function(self.high))
 
+    def __add__(self, other: Interval) -> Interval:
+        """Sum of two estimates; at least as wide as needed."""
+        return Interval(self.value + other.value, self.low + other.low, self.high + other.high)
+
+    def at_least(self, other: Interval) -> Interval:
+        """The larger of two estimates."""
+        pairs = zip((self.value, self.low, self.high), (other.value, other.low, other.high), strict=True)
+        return Interval(*map(max, pairs))
+
     def __mul__(self, other: Interval) -> Interval:
         """Product of two positive estimates; at least as wide as needed."""
         return Interval(self.value * other.value, self.low * other.low, self.high * other.high)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,24 +13,22 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 
 from jobs.cutting import cut_lazily
+from jobs.in_process import answer_all, answered
 from jobs.loading import LoadedJob
 from jobs.proposal import input_schema, work_of
 from jobs.spec_columns import needed_columns
-from pipelines.advance import Advance, Reading, row_of
+from pipelines.advance import Reading, row_of
 from pipelines.answer_parsers import parser_fields
-from pipelines.answering import Answering, Started
 from pipelines.contracts import Shard, Work
 from pipelines.dedup import duplicates
 from pipelines.dedup_keys import make_keys
 from pipelines.errors import InputError
-from pipelines.generations import Generation, engine_of, pools_of
 from pipelines.listing import list_files
 from pipelines.place import input_rows
 from pipelines.prepare import Prepare
 from pipelines.stage import Parcel
 from pipelines.step_settings import dedup_step
 from pipelines.steps import answers_schema, is_good, settled
-from pipelines.structured import checking_parser
 from pipelines.tokenizer import load_tokenizer
 
 
@@ -109,30 +106,8 @@ def _first_rows(prepare: Prepare, shards: Iterable[Shard], rows: int) -> Parcel:
 
 
 async def _answered(parcel: Parcel, work: Work) -> pa.Table:
-    """The records that the job would write of the parcel: all generations, one model after the other."""
-    generation: Generation | None = None
-    for pool in pools_of(work):
-        engine = engine_of(pool)
-        try:
-            started = Started.of(engine, await engine.start(), pool[0].work)
-            for following in pool:
-                if generation is not None:
-                    parcel = Advance(generation, following)(parcel)
-                generation = following
-                serving = started if following is pool[0] else started.serving(following.work)
-                answering = Answering(
-                    parcel,
-                    following.work,
-                    serving,
-                    itertools.count(),
-                    priority=0,
-                    parser=checking_parser(following.work),
-                )
-                await answering.run(answering.answerable)
-                parcel = answering.parcel(attempt=1, engine_deaths=0)
-        finally:
-            await engine.stop()
-    assert generation is not None
+    """The records that the job would write of the parcel."""
+    generation, parcel = await answer_all(parcel, work, answered)
     reading = Reading(generation)
     records, _ = reading.steps.run(reading.records(parcel)[0])
     return settled(records)

@@ -56,6 +56,8 @@ class Tuned:
     """Mean of a prompt."""
     command: str
     path: Path
+    left_out: tuple[str, ...] = ()
+    """Steps that ask a model as well, which were not measured."""
 
     def settings(self) -> dict[str, Any]:
         """What the tuned file sets."""
@@ -75,7 +77,16 @@ class Tuned:
             "trials": [trial.to_dict() for trial in self.trials],
             **{
                 n: getattr(self, n)
-                for n in ("job", "model", "device", "engine", "prompts", "prompt_tokens", "command")
+                for n in (
+                    "job",
+                    "model",
+                    "device",
+                    "engine",
+                    "prompts",
+                    "prompt_tokens",
+                    "command",
+                    "left_out",
+                )
             },
         }
 
@@ -94,6 +105,7 @@ class Tuned:
             f"    {self.command}",
             "",
             *simulated,
+            *self._notes(),
             *_columns(self.trials, self.best),
             "",
             *([] if self.device == "cpu" else [_PACKED]),
@@ -113,7 +125,13 @@ class Tuned:
         for trial in self.trials:
             table.add_row(*_cells(trial), style="bold green" if trial is self.best else "")
         use = escape(f"`extends: [{self.path}]`")
-        return Group(table, f"\nwritten to {escape(str(self.path))}; a job takes it in with {use}")
+        written = f"written to {escape(str(self.path))}; a job takes it in with {use}"
+        return Group(table, "", *(f"note: {escape(note)}" for note in self._notes()), written)
+
+    def _notes(self) -> list[str]:
+        if not self.left_out:
+            return []
+        return [f"Measured with the job's own prompt alone, without {', '.join(self.left_out)}."]
 
 
 def tune(
@@ -180,6 +198,7 @@ def tune(
         path=Path(out)
         if out
         else Path("conf/tuned") / f"{_slug(Path(spec.model.source).name)}@{_slug(device)}.yaml",
+        left_out=tuple(spec.asking_steps),
     )
     try:
         tuned.path.parent.mkdir(parents=True, exist_ok=True)

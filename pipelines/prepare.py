@@ -67,7 +67,7 @@ class Prepare:
 
         In a retry only the rows that failed; the bare shard, noted as committed, where this run has merged it.
         """
-        builder = self.builder
+        _ = self.builder  # its checks, and no time of the shard
         started_at, began = time.time(), time.monotonic()
         wanted = None
         if self.work.retry is not None:
@@ -77,27 +77,28 @@ class Prepare:
         rows = read_shard(parcel.shard, self.work.input, self.work.input_schema)
         if wanted is not None:
             rows = rows.only(wanted)
-        prepared = Parcel(
-            shard=parcel.shard,
-            # The last two are reading's error columns; by place, since the input may have columns of these names.
-            rows=rows.table.select(range(rows.table.num_columns - 2)),
-            notes=parcel.notes,
-        )
-        if self._first_steps is not None:
-            prompts = no_prompts(rows.table)
-            unasked = replace(prepared, prompts=prompts, generations=unanswered(prompts))
-            prepared = self._first_steps(unasked)
-        elif history is None:
-            prepared = replace(prepared, prompts=builder.build(rows.table))
-        else:
-            prepared = replace(prepared, prompts=self._in_groups(rows.table, history, parcel))
-        return prepared.noting(
+        return self.prompted(parcel, rows.table, history).noting(
             rows_read=rows.rows_read,
             rows_filtered=rows.rows_filtered,
             rows_in=len(rows.table),
             started_at=started_at,
             prepare_s=time.monotonic() - began,
         )
+
+    def prompted(self, parcel: Parcel, rows: pa.Table, history: History | None = None) -> Parcel:
+        """The parcel with `rows`, as reading gives them, and their prompts."""
+        prepared = Parcel(
+            shard=parcel.shard,
+            # The last two are reading's error columns; by place, since the input may have columns of these names.
+            rows=rows.select(range(rows.num_columns - 2)),
+            notes=parcel.notes,
+        )
+        if self._first_steps is not None:
+            prompts = no_prompts(rows)
+            return self._first_steps(replace(prepared, prompts=prompts, generations=unanswered(prompts)))
+        if history is None:
+            return replace(prepared, prompts=self.builder.build(rows))
+        return replace(prepared, prompts=self._in_groups(rows, history, parcel))
 
     def _begin(self, parcel: Parcel) -> History | None:
         """Record the attempt; the history where this shard has ended the process `errors.max_attempts` times."""

@@ -16,13 +16,18 @@ from click.testing import CliRunner
 
 from jobs.cli import main
 from jobs.estimate import estimate
+from jobs.inspect import report_of
 from jobs.loading import load
 from jobs.proposal import input_schema, work_of
 from jobs.sampling import RowSample, sample_rows
 from jobs.spec_columns import needed_columns
 from pipelines.errors import SpecError
 from pipelines.listing import list_files
-from tests.local.runs import job
+from tests.local.runs import job, write_questions
+from tests.unit.stages import committed
+from tests.unit.test_generations import OTHER, comment
+from tests.unit.test_generations import settings as made_of
+from tests.unit.test_model_steps import EMBED, alone
 
 pytestmark = pytest.mark.slow
 
@@ -136,8 +141,10 @@ def test_time_and_cost_follow_from_speed_engines_and_price(tmp_path: Path) -> No
         cost={"gpu_hour_usd": 3.0},
     )
     found = estimate(load(made), rows=200)
-    assert found.output_tokens_per_s == pytest.approx(8000, rel=0.3)
-    busy = found.output_tokens.value / found.output_tokens_per_s
+    (one,) = found.generations
+    assert one.tokens_per_s == pytest.approx(8000, rel=0.3)
+    assert one.tokens_per_s is not None
+    busy = found.output_tokens.value / one.tokens_per_s
     assert found.wall_s.value == pytest.approx(found.engine_start_s + busy / 2)
     assert found.wall_s.low < found.wall_s.value < found.wall_s.high
     assert (found.gpu_hours.value, found.cost_usd.value if found.cost_usd else None) == (
@@ -147,12 +154,59 @@ def test_time_and_cost_follow_from_speed_engines_and_price(tmp_path: Path) -> No
     assert any("SIMULATED" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("other", [None, OTHER], ids=["one engine", "two pools"])
+def test_every_generation_counts(tmp_path: Path, other: dict[str, Any] | None) -> None:
+    """One engine for both, or two; of a whole input what the job's own books say, steps between included."""
+    write_questions(tmp_path / "in", rows=40)
+    base = made_of(
+        tmp_path,
+        {"filter": {"where": "completion_tokens > 12"}},
+        comment(**({"model": other} if other else {})),
+    )
+    found = estimate(load(base), rows=40)
+    stats = report_of(committed(base).storage).stats
+    assert (found.prompt_tokens.value, found.output_tokens.value) == (
+        stats.prompt_tokens,
+        stats.completion_tokens,
+    )
+    own, step = found.generations
+    assert (own.name, step.name) == ("", "generate")
+    assert step.output_tokens.value == stats.steps["generate"]["completion_tokens"] > 0
+    assert step.prompt_tokens.value == stats.steps["generate"]["prompt_tokens"]
+    assert own.output_tokens.value + step.output_tokens.value == found.output_tokens.value
+    assert found.engines == (2 if other else 1)
+    times = [one.output_tokens.value / one.tokens_per_s for one in found.generations if one.tokens_per_s]
+    busy = max(times) if other else sum(times)  # two pools work at once
+    assert found.wall_s.value == pytest.approx(found.engine_start_s + busy)
+
+
+def test_a_corpus_to_embed_is_estimated_by_the_tokens_that_are_read(tmp_path: Path) -> None:
+    write_questions(tmp_path / "in", rows=40)
+    base = alone(tmp_path, {"filter": {"where": "question != ''"}}, EMBED)
+    found = estimate(load(base), rows=40)
+    stats = report_of(committed(base).storage).stats
+    assert (found.prompt_tokens.value, found.output_tokens.value) == (stats.prompt_tokens, 0)
+    (one,) = found.generations
+    assert one.tokens_per_s is not None
+    assert found.wall_s.value == pytest.approx(found.engine_start_s + stats.prompt_tokens / one.tokens_per_s)
+
+
+def test_a_generation_that_no_sampled_row_comes_to_is_named(tmp_path: Path) -> None:
+    write_questions(tmp_path / "in", rows=10)
+    base = made_of(tmp_path, {"filter": {"where": "completion_tokens > 5000"}}, comment())
+    (note,) = [
+        note for note in estimate(load(base), rows=10).notes if "generate" in note and "--rows" in note
+    ]
+    assert "counts as nothing" in note
+
+
 def test_the_command_prints_a_table_and_writes_nothing(tmp_path: Path) -> None:
     write_skewed(tmp_path / "in")
     (tmp_path / "job.yaml").write_text(json.dumps(spec_of(tmp_path)))
     done = CliRunner().invoke(main, ["estimate", str(tmp_path / "job.yaml"), "--rows", "50"])
     assert done.exit_code == 0, done.output
     assert "output tokens" in done.stdout
+    assert "output tokens, " not in done.stdout  # there is one generation
     as_json = CliRunner().invoke(main, ["estimate", str(tmp_path / "job.yaml"), "--rows", "50", "--json"])
     found = json.loads(as_json.stdout)
     assert found["rows_read"] == ROWS

@@ -287,6 +287,7 @@ def test_the_written_file_is_one_to_extend(tmp_path: Path) -> None:
         prompt_tokens=200.4,
         command="dray tune job.yaml",
         path=tmp_path / "tuned.yaml",
+        left_out=("steps.generate",),
     )
     tuned.path.write_text(tuned.to_yaml())
     assert yaml.safe_load(tuned.path.read_text()) == tuned.settings()
@@ -295,6 +296,7 @@ def test_the_written_file_is_one_to_extend(tmp_path: Path) -> None:
         "vllm 0.32.0",
         "NVIDIA H200",
         "512 prompts",
+        "without steps.generate",
         "dray tune job.yaml",
         "← best",
         "# here",
