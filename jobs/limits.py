@@ -79,7 +79,7 @@ class Limits:
     def add_earlier(
         self, parts: Iterable[Part], runs: Iterable[Run], run_id: str, gpus_per_engine: float
     ) -> None:
-        """Count what the output's other runs have used. `gpus_per_engine`: this run's, for runs without totals."""
+        """Count what the output's other runs have used. `gpus_per_engine`: this run's, for older parts of runs without totals."""
         origins: list[Provenance] = []
         for part in parts:
             self._tokens += part.footer.stats.tokens_generated

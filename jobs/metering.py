@@ -14,11 +14,13 @@ Waiting for a cluster to grow within a pass is counted as if the engines were th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines.contracts import Provenance, ShardStats
+
+Engine = TypeVar("Engine", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class Meter:
     def take(self, provenance: Provenance) -> None:
         """A part was committed; those of other runs do not count."""
         if provenance.run_id == self._run_id:
-            note_engine(self._engines, provenance)
+            _widen(self._engines, provenance.replica, started_at(provenance), provenance.committed_at)
 
     def end(self) -> None:
         """The pass has ended, and its engines with it."""
@@ -97,26 +99,43 @@ class Meter:
         return self._past + self._gpus * min(max(held, self._least * lasted), self._most * lasted)
 
 
-def note_engine(engines: dict[str, tuple[float, float]], provenance: Provenance) -> None:
-    """Widen the engine's (start, last commit), Unix times, by one of its parts."""
-    start = (provenance.engine_ready_at or provenance.started_at) - provenance.engine_start_s
-    first, last = engines.get(provenance.replica, (start, start))
-    engines[provenance.replica] = (min(first, start), max(last, provenance.committed_at))
+def started_at(origin: Provenance) -> float:
+    """Unix time at which the engine that wrote a part began to start."""
+    return (origin.engine_ready_at or origin.started_at) - origin.engine_start_s
+
+
+def _widen(engines: dict[Engine, tuple[float, float]], engine: Engine, start: float, end: float) -> None:
+    """Let an engine's time, Unix times, hold another piece of it."""
+    first, last = engines.get(engine, (start, start))
+    engines[engine] = (min(first, start), max(last, end))
 
 
 def gpu_seconds_of_runs(
     totals: Mapping[str, float], origins: Iterable[Provenance], gpus_per_engine: float
 ) -> float:
-    """GPU seconds of an output's runs: `totals`, by run, of all their pools; of a run without, what its parts tell.
+    """GPU seconds of an output's runs: `totals`, by run; of a run without, what its parts tell of the engines of all pools.
 
-    That is each engine from its start to its last commit, of the pool that wrote the parts: a lower bound.
+    That is each from its start to its last answer, of the pool that wrote the parts to its last commit: a lower bound.
+    `gpus_per_engine`: for parts that do not tell (`tells_gpus`), of whose engines only that pool's are known.
     """
-    engines: dict[str, dict[str, tuple[float, float]]] = {}
+    engines: dict[tuple[str, str, float], tuple[float, float]] = {}
     for one in origins:
-        if one.run_id not in totals and on_gpu(one):
-            note_engine(engines.setdefault(one.run_id, {}), one)
-    held = sum(last - start for of_run in engines.values() for start, last in of_run.values())
-    return sum(totals.values()) + gpus_per_engine * held
+        if one.run_id in totals:
+            continue
+        if tells_gpus(one):
+            for turn in one.turns:
+                end = one.committed_at if turn is one.turns[-1] else turn.ended_at
+                _widen(engines, (one.run_id, turn.replica, turn.gpus or 0.0), turn.engine_began_at, end)
+        elif on_gpu(one):
+            engine = (one.run_id, one.replica, gpus_per_engine)
+            _widen(engines, engine, started_at(one), one.committed_at)
+    held = sum(gpus * (last - start) for (_, _, gpus), (start, last) in engines.items())
+    return sum(totals.values()) + held
+
+
+def tells_gpus(origin: Provenance) -> bool:
+    """Whether a part tells the GPUs of all engines that it passed through."""
+    return bool(origin.turns) and all(turn.gpus is not None for turn in origin.turns)
 
 
 def on_gpu(origin: Provenance) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from jobs.books import Books
 from jobs.fingerprint import explain_difference
 from jobs.ledger import Run
-from jobs.metering import gpu_seconds_of_runs, on_gpu
+from jobs.metering import gpu_seconds_of_runs, on_gpu, tells_gpus
 from jobs.report import Report, percentiles
 from jobs.report_charts import duration
 from jobs.spec import CostSettings
@@ -54,7 +54,8 @@ class Cost:
     usd: float | None
     """None where the job has no `cost.gpu_hour_usd`."""
     assumed: bool
-    """Whether engines of runs without totals were taken to have had a GPU each: `engines_per_gpu: auto` settled how many share one."""
+    """Whether engines were taken to have had a GPU each: `engines_per_gpu: auto` settled how many share one, and older parts do not
+    tell it."""
 
 
 def cost_of(
@@ -62,14 +63,14 @@ def cost_of(
 ) -> Cost:
     """GPU hours of an output's runs, of all their pools; `jobs.metering` says how they are counted.
 
-    `engines_per_gpu`: None where the job leaves it to Dray; it and `model` are for runs that left no totals.
+    `engines_per_gpu`: None where the job leaves it to Dray; it and `model` are for parts that do not tell their engines' GPUs, of runs without totals.
     """
     totals = {run.run_id: run.usage.gpu_s for run in runs if run.usage is not None}
     share = model.gpus_per_engine / (engines_per_gpu or 1)
     hours = gpu_seconds_of_runs(totals, books.origins, share) / 3600
-    guessed = any(on_gpu(origin) and origin.run_id not in totals for origin in books.origins)
+    silent = [one for one in books.origins if one.run_id not in totals and not tells_gpus(one)]
     usd = None if cost.gpu_hour_usd is None else hours * cost.gpu_hour_usd
-    return Cost(gpu_hours=hours, usd=usd, assumed=guessed and engines_per_gpu is None)
+    return Cost(gpu_hours=hours, usd=usd, assumed=engines_per_gpu is None and any(map(on_gpu, silent)))
 
 
 def figures(report: Report, cost: Cost) -> list[Figure]:

@@ -28,7 +28,7 @@ from pipelines.histogram import Histogram
 from pipelines.images import Image, digests_of, images_of, without_data
 from pipelines.lengths import HELD, Lengths, Rows
 from pipelines.seeds import row_seed
-from pipelines.settings import SamplingSettings
+from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
 from pipelines.stage import Parcel
 from pipelines.structured import Structured
 
@@ -147,10 +147,15 @@ class Answering:
         reused = [answer for row in not_asked if isinstance(answer := self._results[row], Answer)]
         first = self._first_admitted or ended
         now = time.time()
-        turn = Turn(
-            generation=self._name, replica=replica_name(), began_at=now - (ended - first), ended_at=now
-        )
         info = self.started.info
+        turn = Turn(
+            generation=self._name,
+            replica=replica_name(),
+            began_at=now - (ended - first),
+            ended_at=now,
+            engine_began_at=info.ready_at - info.start_s,
+            gpus=gpus_of(info, self._work.model, self._work.pool),
+        )
         before = self._parcel.notes  # of the generations that the shard has behind it
         latency = Histogram.of(self._latencies) + Histogram.from_dict(before.get("latency_s", {}))
         ttft = Histogram.of(a.ttft_s for a in answers if a.ttft_s is not None)
@@ -276,6 +281,13 @@ class _Line:
         if task.cancelled() or task.exception() is not None:
             self._gate.withdraw(self)  # the group takes no new ones
         self._gate.leave(kv_tokens)
+
+
+def gpus_of(info: EngineInfo, model: ModelSettings, pool: PoolSettings) -> float | None:
+    """That one engine of a settled pool has; None where the pool leaves open how many share one."""
+    if info.device == "cpu":
+        return 0.0
+    return None if pool.engines_per_gpu == "auto" else model.gpus_per_engine / pool.engines_per_gpu
 
 
 def replica_name() -> str:

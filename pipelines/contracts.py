@@ -431,6 +431,10 @@ class Turn:
     """Unix time at which the first of the shard's requests was admitted."""
     ended_at: float
     """Unix time at which the last was answered."""
+    engine_began_at: float = 0.0
+    """Unix time at which the engine began to start."""
+    gpus: float | None = None
+    """That the engine had, a share where it was not alone on one; 0 on a CPU. None in parts written before it was told."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,18 @@
-"""Busy shares against a count of moments, and how pools are told apart."""
+"""Busy shares against a count of moments, how pools are told apart, and the GPUs that an engine has."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.engine_use import EngineUse, engine_use
+from pipelines.answering import gpus_of
 from pipelines.contracts import Provenance, Turn
+from pipelines.engine import EngineInfo
+from pipelines.settings import ModelSettings, PoolSettings
 
 
 def part(*turns: tuple[str, str, int, int], run: str = "r") -> Provenance:
@@ -56,3 +61,21 @@ def test_busy_time_is_counted_once(turns: list[tuple[str, int, int]]) -> None:
     engines = len({engine for engine, _, _ in turns})
     assert use.engines == engines
     assert use.busy == pytest.approx(len(moments) / (engines * whole))
+
+
+@pytest.mark.parametrize(
+    ("device", "packed", "tensor", "gpus"),
+    [
+        ("H200", 1, 1, 1.0),
+        ("H200", 3, 1, 1 / 3),
+        ("H200", 1, 4, 4.0),
+        ("cpu", 3, 1, 0.0),
+        ("H200", "auto", 1, None),
+    ],
+)
+def test_an_engine_has_as_many_gpus_as_its_pool_gives_it(
+    device: str, packed: Any, tensor: int, gpus: float | None
+) -> None:
+    info = EngineInfo(name="vllm", device=device, max_model_len=9, max_num_seqs=9, start_s=1.0, ready_at=2.0)
+    model = ModelSettings(source="m", engine={"tensor_parallel_size": tensor})
+    assert gpus_of(info, model, PoolSettings(engines_per_gpu=packed)) == gpus

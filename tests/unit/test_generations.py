@@ -109,6 +109,10 @@ def test_the_footer_tells_which_engine_had_the_shard_when(tmp_path: Path) -> Non
         assert first.began_at <= first.ended_at <= second.began_at <= second.ended_at
         assert second.ended_at <= footer.provenance.committed_at
         assert second.replica == footer.provenance.replica
+        origin = footer.provenance
+        assert second.engine_began_at == pytest.approx(origin.engine_ready_at - origin.engine_start_s)
+        assert 0 < first.engine_began_at <= first.began_at
+        assert first.gpus == second.gpus == 0
     (used,) = report_of(found.storage).engine_use  # both engines are in this process
     assert used.generations == ("", "generate")
     assert 0 < used.busy <= 1

@@ -236,11 +236,12 @@ def test_a_shard_stands_in_each_engine_that_it_passed_through(tmp_path: Path) ->
 def test_cost_is_what_runs_counted_and_else_each_engine_from_its_start_to_its_last_commit(
     tmp_path: Path,
 ) -> None:
+    """By parts that do not tell the GPUs of their engines, as older ones."""
     books = facts_of(made(tmp_path).storage).books
 
     def origin(replica: str, ready: float, end: float, run: str) -> dict[str, object]:
         times = {"engine_start_s": 600.0, "engine_ready_at": ready, "committed_at": end}
-        return {"run_id": run, "replica": replica, "device": "H100", **times}
+        return {"run_id": run, "replica": replica, "device": "H100", "turns": (), **times}
 
     # Engines of run a: 0 to 7200 and 1800 to 7200; of run b: 99,400 to 103,000.
     given = (
@@ -267,6 +268,37 @@ def test_cost_is_what_runs_counted_and_else_each_engine_from_its_start_to_its_la
     counted = [ended("a", 5 * 3600.0), ended("c", 3600.0)]
     assert cost_of(books, counted, one, 1, price).gpu_hours == pytest.approx(5 + 1 + 1)
     assert not cost_of(books, [*counted, ended("b", 1.0)], one, None, price).assumed
+
+
+def test_of_a_killed_run_the_engines_of_all_pools_cost(tmp_path: Path) -> None:
+    """As many GPUs as each had, which the job's own settings need not tell."""
+    books = facts_of(made(tmp_path).storage).books
+
+    def turn(generation: str, replica: str, began: float, ended: float, gpus: float) -> Turn:
+        return Turn(
+            generation=generation,
+            replica=replica,
+            began_at=began + 100,
+            ended_at=ended,
+            engine_began_at=began,
+            gpus=gpus,
+        )
+
+    # Writers share a GPU, 0 to 3600 and 0 to 1800; the judge has two, 600 to 7800; what parses on a CPU has none.
+    passed = [
+        (turn("", "w1", 0, 1800, 0.5), turn("judge", "j", 600, 2400, 2), turn("last", "cpu", 0, 2500, 0)),
+        (turn("", "w1", 0, 3600, 0.5), turn("judge", "j", 600, 7800, 2), turn("last", "cpu", 0, 7900, 0)),
+        (turn("", "w2", 0, 1800, 0.5), turn("judge", "j", 600, 7000, 2), turn("last", "cpu", 0, 7100, 0)),
+    ]
+    parts = []
+    for part, turns in zip(books.parts, passed, strict=True):
+        origin = replace(part.footer.provenance, run_id="a", replica="cpu", device="cpu", turns=turns)
+        parts.append(replace(part, footer=replace(part.footer, provenance=origin)))
+    books = replace(books, parts=tuple(parts))
+    found = cost_of(books, [], ModelSettings(source="m"), None, CostSettings(gpu_hour_usd=2))
+    assert found.gpu_hours == pytest.approx(0.5 * (1 + 0.5) + 2 * 2)
+    assert (found.usd, found.assumed) == (pytest.approx(2 * found.gpu_hours), False)
+    assert cost_of(books, [ended("a", 3600.0)], ModelSettings(source="m"), 1, CostSettings()).gpu_hours == 1
 
 
 def ended(run_id: str, gpu_s: float) -> Run:
