@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import re
-from itertools import groupby
 from typing import Annotated
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -17,6 +16,7 @@ from jobs.schedule import ScheduleSettings
 from jobs.spec_checks import problems_of
 from pipelines.ask_settings import AskStep
 from pipelines.contracts import extra_fields, result_fields
+from pipelines.generations import by_engines
 from pipelines.settings import (
     ErrorSettings,
     InputSettings,
@@ -167,15 +167,14 @@ class JobSpec(Settings):
     @property
     def pools(self) -> tuple[JobSpec, ...]:
         """For each pool of engines, in the order in which shards pass through them, the job with its model and pool."""
-        asked = [(self.model, self.pool, GENERATE.engine, self.sampling)] if self.prompt else []
+        asked = [(self.model, self.pool, GENERATE, self.sampling)] if self.prompt else []
         asked += [
-            (step.model or self.model, step.pool or self.pool, step.task.engine, step.asked_sampling)
+            (step.model or self.model, step.pool or self.pool, step.task, step.asked_sampling)
             for step in self.asking_steps.values()
         ]
-        firsts = (next(sharing) for _, sharing in groupby(asked, key=lambda one: one[:3]))
         return tuple(
             self.model_copy(update={"model": model, "pool": pool, "sampling": sampling})
-            for model, pool, _, sampling in firsts
+            for (model, pool, _, sampling), *_ in by_engines(asked, lambda one: one[:3])
         )
 
     @property

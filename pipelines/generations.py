@@ -11,14 +11,16 @@ asks nothing: its records are the input's rows, and its steps come before the fi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from pipelines.ask_settings import AskStep, GenerateStep
 from pipelines.contracts import Work
 from pipelines.engine import Engine, open_engine
 from pipelines.settings import ModelSettings, PoolSettings
 from pipelines.step_settings import StepSettings, step_names
+from pipelines.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +100,25 @@ def generations_of(work: Work) -> tuple[Generation, ...]:
     return tuple(found)
 
 
+Asked = TypeVar("Asked")
+
+
+def by_engines(
+    asked: Iterable[Asked], of: Callable[[Asked], tuple[ModelSettings, PoolSettings, Task]]
+) -> tuple[tuple[Asked, ...], ...]:
+    """Consecutive ones that share engines: those of the same model, pool and kind of engine."""
+
+    def engines(one: Asked) -> tuple[ModelSettings, PoolSettings, str]:
+        model, pool, task = of(one)
+        return model, pool, task.engine
+
+    return tuple(tuple(sharing) for _, sharing in itertools.groupby(asked, engines))
+
+
 def pools_of(work: Work) -> tuple[tuple[Generation, ...], ...]:
     """The generations of each pool of engines, in the order in which a shard passes through them."""
-
-    def engines(generation: Generation) -> tuple[ModelSettings, PoolSettings, str]:
-        return generation.work.model, generation.work.pool, generation.work.task.engine
-
     asking = (generation for generation in generations_of(work) if generation.asks)
-    pools: list[tuple[Generation, ...]] = []
-    for generation in asking:
-        if pools and engines(pools[-1][0]) == engines(generation):
-            pools[-1] = (*pools[-1], generation)
-        else:
-            pools.append((generation,))
-    return tuple(pools)
+    return by_engines(asking, lambda one: (one.work.model, one.work.pool, one.work.task))
 
 
 def engine_of(pool: Sequence[Generation]) -> Engine:
