@@ -91,6 +91,7 @@ class Steps:
         live = is_good(records)
         good, aside = records.filter(live), [records.filter(pc.invert(live))]
         counts: Counts = {}
+        ranked = any(step.explode for step in self._settings)
         for name, step in zip(self._names, self._steps, strict=True):
             verdict = step(good)
             there = len(good)
@@ -113,8 +114,8 @@ class Steps:
             if verdict.gathered is not None:
                 counts[name]["gathered"] = len(verdict.gathered)
                 good = with_ids(good, input_rows(good["row_id"]))
-                aside = [_beside(good, aside)]
-        together = _in_order(pa.concat_tables([good, *aside], promote_options="default"))
+                aside = [_beside(good, aside, ranked=ranked)]
+        together = _in_order([good, *aside], ranked=ranked)
         return together.select(whole.names).cast(whole), counts
 
 
@@ -181,20 +182,25 @@ def _staying(verdict: Verdict, there: int) -> pa.Array:
     return pa.array(stays)
 
 
-def _beside(gathered: pa.Table, aside: Sequence[pa.Table]) -> pa.Table:
+def _beside(gathered: pa.Table, aside: Sequence[pa.Table], *, ranked: bool) -> pa.Table:
     """What has failed or was dropped before a row of the input became one record: no element any more, and where there is
     such a record, nothing that its row could have failed of."""
-    records = _in_order(pa.concat_tables(aside, promote_options="default")).drop_columns([_ELEMENT])
+    records = _in_order(aside, ranked=ranked)
     records = with_ids(records, input_rows(records["row_id"]))
     past = pc.is_in(records["row_id"], value_set=gathered["row_id"].combine_chunks())
     place = records.column_names.index(DROPPED)
     return records.set_column(place, DROPPED, pc.or_(records[DROPPED], past))
 
 
-def _in_order(records: pa.Table) -> pa.Table:
-    """The records in the places of those that they were, elements of one in the order of its lists."""
+def _in_order(tables: Sequence[pa.Table], *, ranked: bool) -> pa.Table:
+    """The records in the places of those that they were; where some are `ranked`, as elements that one of these steps has made,
+    elements of one in the order of its lists."""
+    records = pa.concat_tables(tables, promote_options="default")
+    if not ranked:
+        return records.sort_by(_PLACE)
     ranks = element_ranks(records["row_id"])
-    return records.append_column(_ELEMENT, ranks).sort_by([(_PLACE, "ascending"), (_ELEMENT, "ascending")])
+    order = [(_PLACE, "ascending"), (_ELEMENT, "ascending")]
+    return records.append_column(_ELEMENT, ranks).sort_by(order).drop_columns([_ELEMENT])
 
 
 def _failed(good: pa.Table, failed: Mapping[int, RowError]) -> pa.Table:
