@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.arrow_types import is_text, plain
 from pipelines.hashes import repeated
 from pipelines.minhash import band_hashes, bands_for, low_bytes, near_duplicates, signatures, words_of
 from pipelines.step_settings import DedupStep
@@ -25,16 +26,9 @@ KEY_BYTES = 16
 _VERSION = 1
 
 
-def is_text(type_: pa.DataType) -> bool:
-    type_ = _plain(type_)
-    return bool(
-        pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
-    )
-
-
 def is_comparable(type_: pa.DataType) -> bool:
     """Whether `exact` compares values of a type. Lists and structs have no one form that outlives a Parquet file."""
-    type_ = _plain(type_)
+    type_ = plain(type_)
     is_float = pa.types.is_float32(type_) or pa.types.is_float64(type_)
     kinds = (
         pa.types.is_boolean,
@@ -44,10 +38,6 @@ def is_comparable(type_: pa.DataType) -> bool:
         pa.types.is_timestamp,
     )
     return bool(is_text(type_) or is_float or pa.types.is_null(type_) or any(of(type_) for of in kinds))
-
-
-def _plain(type_: pa.DataType) -> pa.DataType:
-    return type_.value_type if pa.types.is_dictionary(type_) else type_
 
 
 def keys_version(step: DedupStep) -> str:

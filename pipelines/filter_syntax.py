@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.arrow_types import is_text
 from pipelines.errors import SpecError
 from pipelines.wording import first_line, unknown
 
@@ -251,7 +252,7 @@ class Compiler:
             def evaluate(table: pa.Table) -> Value:
                 column = value(table)
                 wanted = [self._alike(node, column, item(table))[1] for item in items]
-                if _is_text(column.type):  # one kernel, whatever the list's length
+                if is_text(column.type):  # one kernel, whatever the list's length
                     texts = pa.array([scalar.as_py() for scalar in wanted], column.type)
                     found = pc.is_in(column, value_set=texts)
                     return pc.if_else(pc.is_null(column), pa.scalar(None, pa.bool_()), found)
@@ -267,7 +268,7 @@ class Compiler:
         raise self.error(node, "`in` needs a list of constants, or 'text' in column")
 
     def _text(self, node: ast.expr) -> Evaluate:
-        return self._typed(node, _is_text, "text")
+        return self._typed(node, is_text, "text")
 
     def _function(self, node: ast.Call) -> Evaluate:
         if node.keywords:
@@ -295,7 +296,7 @@ class Compiler:
     def _length(self, node: ast.AST, inner: Evaluate) -> Evaluate:
         def evaluate(table: pa.Table) -> Value:
             value = inner(table)
-            if _is_text(value.type):
+            if is_text(value.type):
                 return pc.utf8_length(value)
             if pa.types.is_binary(value.type) or pa.types.is_large_binary(value.type):
                 return pc.binary_length(value)
@@ -335,18 +336,12 @@ def _plain(value: Value) -> Value:
     return value.cast(value.type.value_type) if pa.types.is_dictionary(value.type) else value
 
 
-def _is_text(type_: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
-    )
-
-
 def _is_number(type_: pa.DataType) -> bool:
     return bool(pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_decimal(type_))
 
 
 def _kind(type_: pa.DataType) -> str:
-    if _is_text(type_):
+    if is_text(type_):
         return "text"
     if _is_number(type_):
         return "number"

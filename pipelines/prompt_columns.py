@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from pipelines.arrow_types import is_list, is_text_or_null
 from pipelines.settings import PromptSettings, SamplingSettings
 from pipelines.template import GLOBALS, Template
 
@@ -37,12 +38,12 @@ def prompt_type_problems(prompt: PromptSettings, schema: pa.Schema, key: str = "
     """Columns that hold other values than a prompt is made of."""
     problems = []
     name = prompt.prompt_column
-    if name in schema.names and not is_text(schema.field(name).type):
+    if name in schema.names and not is_text_or_null(schema.field(name).type):
         problems.append(f"{key}.prompt_column: {name!r} holds {schema.field(name).type} values, not text")
     name = prompt.messages_column
     if name in schema.names:
         type_ = schema.field(name).type
-        if not is_text(type_) and not _is_messages(type_):
+        if not is_text_or_null(type_) and not _is_messages(type_):
             problems.append(
                 f"{key}.messages_column: {name!r} holds {type_} values, not a list of role and content or JSON text"
             )
@@ -61,25 +62,10 @@ def _is_images(type_: pa.DataType) -> bool:
     if pa.types.is_struct(type_):
         return bool(type_.get_field_index("bytes") >= 0 or type_.get_field_index("path") >= 0)
     is_binary = pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_)
-    return bool(is_binary or is_text(type_))
+    return bool(is_binary or is_text_or_null(type_))
 
 
 def _is_messages(type_: pa.DataType) -> bool:
     if not is_list(type_) or not pa.types.is_struct(type_.value_type):
         return False
     return all(type_.value_type.get_field_index(name) >= 0 for name in ("role", "content"))
-
-
-def is_text(type_: pa.DataType) -> bool:
-    """Text, also as a dictionary, or nothing but nulls."""
-    if pa.types.is_dictionary(type_):
-        type_ = type_.value_type
-    is_string = pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
-    return bool(is_string or pa.types.is_null(type_))
-
-
-def is_list(type_: pa.DataType) -> bool:
-    """A list of any of Arrow's kinds."""
-    return bool(
-        pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
-    )

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
+from pipelines.arrow_types import is_text
 from pipelines.ask_settings import FIRST, SECOND, JudgeStep
-from pipelines.dedup import is_comparable, is_text
+from pipelines.dedup import is_comparable
 from pipelines.errors import SpecError
 from pipelines.filter import compile_filter
 from pipelines.prompt_columns import prompt_columns, prompt_type_problems

@@ -23,10 +23,10 @@ import pyarrow as pa
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from pipelines.answer_parsers import parser_fields
+from pipelines.arrow_types import is_list
 from pipelines.ask_settings import AskStep, ClassifyStep, EmbedStep, GenerateStep, JudgeStep, ScoreStep
 from pipelines.messages import CONVERSATION_TYPE
 from pipelines.output_schema import arrow_type_of
-from pipelines.prompt_columns import is_list
 from pipelines.settings import Function, Settings, Text
 
 #: Type names that a step may give its columns, besides `list<…>` of one of them.
