@@ -9,10 +9,9 @@ import os
 import socket
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from pipelines.engine import Answer, Engine, EngineInfo
 from pipelines.errors import EngineDied, RowError
 from pipelines.histogram import Histogram
 from pipelines.images import Image, digests_of, images_of, without_data
+from pipelines.kept import NOTHING, Recalled
 from pipelines.lengths import HELD, Lengths, Rows
 from pipelines.seeds import row_seed
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
@@ -66,11 +66,11 @@ class Answering:
         request_numbers: itertools.count[int],
         priority: int,
         name: str = "",
-        recalled: Mapping[int, Answer] = MappingProxyType({}),
+        recalled: Recalled = NOTHING,
         parser: AnswerParser | None = None,
     ) -> None:
         """`priority`: shards of lower ones enter first. `name`: of the generation. `recalled`: answers that are there
-        already, by position. `parser`: `structured.checking_parser` of the generation."""
+        already. `parser`: `structured.checking_parser` of the generation."""
         assert parcel.prompts is not None
         self._parcel, self._prompts = parcel, parcel.prompts
         self._work, self.started = work, started
@@ -84,13 +84,15 @@ class Answering:
             row: images[row] for row in np.flatnonzero(images.is_valid()).tolist()
         }
         """Of the rows that have some, by position."""
-        self._recalled = recalled
-        asked = [row for row in np.flatnonzero(token_ids.is_valid()).tolist() if row not in recalled]
+        self.recalled = recalled
+        asked = [row for row in np.flatnonzero(token_ids.is_valid()).tolist() if row not in recalled.answers]
         self._same = self._repeats(asked) if work.sampling.temperature == 0 else {}
         """Rows whose answer is that of another row, by position."""
         self.answerable = [row for row in asked if row not in self._same]
         """Positions of the rows that are to be answered: those that have a prompt and no answer, each greedy one once."""
-        self._results: list[Answer | RowError | None] = [*map(recalled.get, range(len(self._prompts)))]
+        self._results: list[Answer | RowError | None] = [
+            *map(recalled.answers.get, range(len(self._prompts)))
+        ]
         self._latencies: list[float] = []
         self._variables = work.prompt.chat_template_kwargs if work.prompt else None
         self._structured = Structured(work.sampling, parser)
@@ -143,7 +145,7 @@ class Answering:
         answers = [answer for row in self.answerable if isinstance(answer := self._results[row], Answer)]
         for row, other in self._same.items():
             self._results[row] = self._results[other]
-        not_asked = (*self._same, *self._recalled)
+        not_asked = (*self._same, *self.recalled.answers)
         reused = [answer for row in not_asked if isinstance(answer := self._results[row], Answer)]
         first = self._first_admitted or ended
         now = time.time()

@@ -35,7 +35,7 @@ from pipelines.code import check_code
 from pipelines.contracts import Work
 from pipelines.errors import EngineDied, EngineStartError, RowError, Stopped
 from pipelines.generations import Generation, engine_of, pools_of
-from pipelines.kept import KeptAnswers
+from pipelines.kept import NOTHING, KeptAnswers
 from pipelines.merge import is_committed
 from pipelines.metrics import INTERVAL_S, EngineMetrics
 from pipelines.orphans import end_with_parent, end_with_this_process
@@ -190,7 +190,7 @@ class Generate:
         """The shard with the generation's answers, which are kept where the job says so."""
         parcel = answering.parcel(attempt=attempt, engine_deaths=deaths)
         if kept := self._kept.get(generation.index):
-            kept.keep(parcel)
+            kept.keep(parcel, answering.recalled.keys)
         return parcel
 
     async def _answering(self, parcel: Parcel, generation: Generation, arrival: int) -> Answering:
@@ -204,7 +204,7 @@ class Generate:
                 self._serving[generation.index] = started.serving(generation.work)
             started = self._serving[generation.index]
         kept = self._kept.get(generation.index)
-        recalled = await asyncio.to_thread(kept.recall, parcel) if kept else {}
+        recalled = await asyncio.to_thread(kept.recall, parcel) if kept else NOTHING
         if generation.index not in self._parsers:
             self._parsers[generation.index] = await asyncio.to_thread(checking_parser, generation.work)
         return Answering(

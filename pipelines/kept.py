@@ -16,6 +16,7 @@ import itertools
 import logging
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +40,19 @@ _ANSWER = [field for field in GENERATION_SCHEMA if field.name not in ("row", "er
 KEPT_SCHEMA = pa.schema([pa.field("key", pa.binary(_KEY_BYTES), nullable=False), *_ANSWER])
 
 
+@dataclass(frozen=True)
+class Recalled:
+    """What one generation of a shard finds kept."""
+
+    keys: Mapping[int, bytes] = field(default_factory=dict)
+    """Position of a prompt → the key of its answer, for all rows that have a prompt."""
+    answers: Mapping[int, Answer] = field(default_factory=dict)
+    """Position of a prompt → its kept answer, for all that have one."""
+
+
+NOTHING = Recalled()
+
+
 class KeptAnswers:
     """What one generation of a job finds kept, and keeps."""
 
@@ -54,10 +68,11 @@ class KeptAnswers:
         self._k = before.count(self._digest)
         self._greedy = generation.work.sampling.temperature == 0
 
-    def recall(self, parcel: Parcel) -> dict[int, Answer]:
-        """Position of a prompt → its kept answer, for all that have one. Blocks."""
+    def recall(self, parcel: Parcel) -> Recalled:
+        """Blocks."""
+        keys = dict(self._keys(parcel.prompts))
         wanted: dict[bytes, list[int]] = {}
-        for row, key in self._keys(parcel.prompts):
+        for row, key in keys.items():
             wanted.setdefault(key, []).append(row)
         found: dict[int, Answer] = {}
         for storage, part in self._places(parcel):
@@ -67,15 +82,14 @@ class KeptAnswers:
                     break
                 for key, answer in _answers(kept, wanted.keys()):
                     found.update(dict.fromkeys(wanted.pop(key, ()), answer))
-        return found
+        return Recalled(keys, found)
 
-    def keep(self, parcel: Parcel) -> None:
-        """Write the shard's answers of this generation. Blocks."""
+    def keep(self, parcel: Parcel, keys: Mapping[int, bytes]) -> None:
+        """Write the shard's answers of this generation, by the keys that `recall` gave. Blocks."""
         if not self._keep:
             return
         assert parcel.generations is not None
         answered = parcel.generations.filter(pc.is_null(parcel.generations["error_code"]))
-        keys = dict(self._keys(parcel.prompts))
         columns = [answered[field.name] for field in _ANSWER]
         key = pa.array([keys[row] for row in answered["row"].to_pylist()], KEPT_SCHEMA.field("key").type)
         sink = io.BytesIO()
