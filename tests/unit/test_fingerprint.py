@@ -130,6 +130,16 @@ def test_the_order_of_the_columns_that_a_step_adds_counts_since_parts_have_it(st
         assert list(read.model_dump(by_alias=True)[kind][key]) == list(given[kind][key])
 
 
+def test_the_order_of_what_a_map_adds_counts_too() -> None:
+    columns = {"b": "int64", "a": "string"}
+    steps = [
+        [{"map": {"function": "tests.unit.test_fingerprint:of", "adds": added}}]
+        for added in (columns, dict(reversed(columns.items())))
+    ]
+    one, other = (fingerprint(of(f"steps={json.dumps(step)}")) for step in steps)
+    assert one != other
+
+
 def test_simulated_answers_count_and_their_speed_does_not() -> None:
     base = of("model.backend=simulated")
     assert fingerprint(of("model.backend=simulated", "model.simulated.start_s=3")) == fingerprint(base)
