@@ -35,6 +35,8 @@ def kernels(trace: Path) -> dict[str, Any]:
         for event in events
         if event.get("ph") == "X" and event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
     ]
+    if not found:
+        raise ValueError(f"{trace}: no kernel of a GPU is in it")
     found.sort()
     busy, reached = 0.0, found[0][0]
     kinds: dict[str, float] = defaultdict(float)

@@ -13,9 +13,10 @@ from functools import cached_property
 from typing import TypeVar
 
 from jobs.planning import Plan
-from pipelines.contracts import Provenance, Shard, ShardStats
+from pipelines.contracts import Shard
 from pipelines.errors import OutputError, PartDamaged
 from pipelines.part import Part, read_part
+from pipelines.shard_stats import Provenance, ShardStats
 from pipelines.storage import Storage
 
 T = TypeVar("T")

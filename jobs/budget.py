@@ -9,10 +9,10 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable
 
-from pipelines.contracts import ShardStats
 from pipelines.errors import ErrorBudgetSpent
 from pipelines.part import Footer
 from pipelines.settings import ErrorSettings
+from pipelines.shard_stats import ShardStats
 
 #: Error codes that a message shows, with an example row each.
 _SHOWN = 3

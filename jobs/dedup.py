@@ -25,13 +25,14 @@ import pyarrow.parquet as pq
 from jobs.books import SUCCESS, Books, Fault, each, fold
 from jobs.fingerprint import steps_of
 from jobs.planning import Plan
-from pipelines.contracts import ShardStats, Work
+from pipelines.contracts import Work
 from pipelines.counting import COUNTED, tally
 from pipelines.dedup import duplicates, key_width
 from pipelines.dedup_keys import KEYS, Keys, keys_from_part, keys_name, read_keys
 from pipelines.errors import OutputError, PartDamaged
 from pipelines.merge import Standing, rewrite
 from pipelines.part import Footer, Part
+from pipelines.shard_stats import ShardStats
 from pipelines.step_settings import DedupStep, dedup_step, step_names
 from pipelines.steps import part_schema
 from pipelines.storage import Storage

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipelines.contracts import Provenance, Turn
+from pipelines.shard_stats import Provenance, Turn
 
 
 @dataclass(frozen=True, kw_only=True)

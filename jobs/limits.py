@@ -15,10 +15,10 @@ from pydantic import Field, PositiveInt, field_validator
 
 from jobs.durations import seconds_of
 from jobs.metering import gpu_seconds_of_runs
-from pipelines.contracts import Provenance
 from pipelines.errors import LimitReached
 from pipelines.part import Part
 from pipelines.settings import Settings
+from pipelines.shard_stats import Provenance
 
 if TYPE_CHECKING:  # `jobs.spec` takes its settings from here
     from jobs.ledger import Run

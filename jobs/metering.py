@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipelines.contracts import Provenance, ShardStats
+from pipelines.shard_stats import Provenance, ShardStats
 
 Engine = TypeVar("Engine", bound=Hashable)
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from jobs.books import Books
 from jobs.engine_use import EngineUse, engine_use
 from jobs.ledger import Run
-from pipelines.contracts import START_PARTS, ShardStats
+from pipelines.shard_stats import START_PARTS, ShardStats
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jobs.report import seconds
-from pipelines.contracts import Provenance, ShardStats, Turn
 from pipelines.histogram import GROWTH, Histogram
 from pipelines.part import Part
+from pipelines.shard_stats import Provenance, ShardStats, Turn
 
 #: Bins of the time axis, and lanes of the Gantt chart: together they bound the page.
 BINS = 100

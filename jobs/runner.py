@@ -36,7 +36,7 @@ from jobs.reuse import KEPT, kept_in
 from jobs.shared_ledger import announcer
 from jobs.stopping import StopRequest
 from pipelines.attempts import clear_attempts
-from pipelines.contracts import Shard, ShardStats, Work
+from pipelines.contracts import Shard, Work
 from pipelines.errors import (
     DrayError,
     ErrorBudgetSpent,
@@ -49,6 +49,7 @@ from pipelines.kept import KeptIn
 from pipelines.metrics import tell_shards
 from pipelines.part import Footer
 from pipelines.run import EngineResources, Outcome, stream
+from pipelines.shard_stats import ShardStats
 from pipelines.stage import Failure
 from pipelines.step_settings import dedup_step
 from pipelines.stop import StopFlag

@@ -26,7 +26,8 @@ MARGIN = 0.03
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 #: Share of the time that admissions on the first engines may take.
 ADMISSION_SHARE = 0.35
-#: Of the longest start, what the next one takes at least: it finds the model compiled (65 s after 91 on an H200, a 7B).
+#: Of the longest start, what the next one takes at least: it finds the model compiled (28 s after 39, a 7B on an H200,
+#: docs/performance.md).
 NEXT_START = 0.6
 
 

@@ -11,7 +11,7 @@ from pipelines.answer_parsers import AnswerParser, Said, open_parser, parsed_col
 from pipelines.ask_settings import ScoreStep
 from pipelines.attempts import Attempts
 from pipelines.code import check_code
-from pipelines.contracts import PROMPT_SCHEMA, Counts, Work
+from pipelines.contracts import PROMPT_SCHEMA, Work
 from pipelines.detokenize import Detokenizer
 from pipelines.generations import Generation, pools_of
 from pipelines.images import ImageReader
@@ -20,6 +20,7 @@ from pipelines.orphans import end_with_parent
 from pipelines.policy import check_model_allowed
 from pipelines.prompt import PromptBuilder
 from pipelines.result import records_of
+from pipelines.shard_stats import Counts
 from pipelines.stage import Failure, Parcel
 from pipelines.steps import DROPPED, Steps, is_good
 from pipelines.storage import Storage

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from pipelines.admission import Candidate, Gate, gate_of
 from pipelines.answer_parsers import AnswerParser
-from pipelines.contracts import GENERATION_SCHEMA, Turn, Work
+from pipelines.contracts import GENERATION_SCHEMA, Work
 from pipelines.engine import Answer, Engine, EngineInfo
 from pipelines.errors import EngineDied, RowError
 from pipelines.histogram import Histogram
@@ -29,6 +29,7 @@ from pipelines.kept import NOTHING, Recalled
 from pipelines.lengths import HELD, Lengths, Rows
 from pipelines.seeds import row_seed
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
+from pipelines.shard_stats import Turn
 from pipelines.stage import Parcel
 from pipelines.structured import Structured
 

@@ -20,7 +20,7 @@ from pipelines import __version__
 from pipelines.advance import Reading
 from pipelines.attempts import Attempts
 from pipelines.code import check_code
-from pipelines.contracts import FORMAT_VERSION, START_PARTS, Provenance, Turn, Work
+from pipelines.contracts import FORMAT_VERSION, Work
 from pipelines.counting import count
 from pipelines.dedup_keys import keep_keys
 from pipelines.errors import ShardError
@@ -30,6 +30,7 @@ from pipelines.metrics import tell_committed
 from pipelines.orphans import end_with_parent
 from pipelines.part import Footer, build_part, read_part
 from pipelines.policy import check_model_allowed
+from pipelines.shard_stats import START_PARTS, Provenance, Turn
 from pipelines.stage import Failure, Parcel
 from pipelines.steps import settled
 from pipelines.storage import Storage

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.contracts import ANSWER_FIELDS, Counts, ShardStats
+from pipelines.contracts import ANSWER_FIELDS
 from pipelines.histogram import Histogram
 from pipelines.place import has_elements, input_rows
 from pipelines.settings import SamplingSettings
+from pipelines.shard_stats import Counts, ShardStats
 from pipelines.stage import Parcel
 
 #: The columns that `tally` reads, and those that it reads where the job has a prompt of its own.

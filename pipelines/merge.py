@@ -19,13 +19,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.contracts import FORMAT_VERSION, Provenance, Shard, Work
+from pipelines.contracts import FORMAT_VERSION, Shard, Work
 from pipelines.counting import count, count_rows, recount
 from pipelines.dedup_keys import keep_keys
 from pipelines.errors import PartDamaged, ShardError
 from pipelines.part import Footer, Part, Retried, build_part, part_of, raise_if_damaged, read_part, to_parquet
 from pipelines.place import RECORD_ORDER, input_rows, places, rows_above
 from pipelines.settings import OutputSettings
+from pipelines.shard_stats import Provenance
 from pipelines.stage import Parcel
 from pipelines.step_settings import StepSettings
 from pipelines.steps import Steps, part_schema, settled

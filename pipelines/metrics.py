@@ -17,8 +17,8 @@ import ray
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from pipelines import histogram
-from pipelines.contracts import Provenance, ShardStats
 from pipelines.engine import Engine
+from pipelines.shard_stats import Provenance, ShardStats
 
 #: Seconds between two looks at an engine.
 INTERVAL_S = 2.0

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.contracts import FORMAT_VERSION, Provenance, Shard, ShardStats
+from pipelines.contracts import FORMAT_VERSION, Shard
 from pipelines.counting import error_examples
 from pipelines.errors import OutputError, PartDamaged
 from pipelines.settings import OutputSettings
+from pipelines.shard_stats import Provenance, ShardStats
 from pipelines.storage import Storage
 
 #: Rows of a row group: readers stream such groups, and 16 Ki text rows stay near a few megabytes.

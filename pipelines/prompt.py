@@ -95,10 +95,6 @@ class PromptBuilder:
                 f"{key}.tools: the model's chat template does not show tools; take a model that was trained to call them, or "
                 "describe them in the system turn"
             )
-        if conversation and settings.images_column:
-            raise SpecError(
-                f"{conversation}: the column holds text only; leave it out, or {key}.images_column"
-            )
         self._conversations = Conversations(settings, folders, key)
 
     def build(self, table: pa.Table) -> pa.Table:

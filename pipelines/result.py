@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 from pipelines.answer_columns import Answers, answer_columns, parsed, prompt_tokens
 from pipelines.answer_parsers import Says
 from pipelines.ask_settings import AskStep
-from pipelines.contracts import Counts, Work, result_schema, unpack
+from pipelines.contracts import Work, result_schema, unpack
 from pipelines.generations import Generation
 from pipelines.images import digests_of
 from pipelines.messages import conversations
 from pipelines.seeds import row_seed
+from pipelines.shard_stats import Counts
 from pipelines.stage import Parcel
 from pipelines.steps import is_good
 
@@ -105,7 +106,7 @@ def build_result(parcel: Parcel, work: Work, says: Says) -> pa.Table:
             "cached_tokens": generations["cached_tokens"],
         }
     if work.output.provenance:
-        columns |= _provenance(columns["row_id"], prompts.take(index), work)
+        columns |= _provenance(columns["row_id"], prompts.select(["token_ids", "images"]).take(index), work)
     if work.sampling.logprobs is not None:  # else the names may be input columns'
         columns["logprobs"] = generations["logprobs"]
     if work.sampling.output_schema is not None:

@@ -23,7 +23,7 @@ import pyarrow as pa
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from pipelines.answer_parsers import parser_fields
-from pipelines.arrow_types import is_list
+from pipelines.arrow_types import is_list, plain
 from pipelines.ask_settings import AskStep, ClassifyStep, EmbedStep, GenerateStep, JudgeStep, ScoreStep
 from pipelines.messages import CONVERSATION_TYPE
 from pipelines.output_schema import arrow_type_of
@@ -64,10 +64,8 @@ def element_type(schema: pa.Schema, column: str) -> pa.DataType | None:
 
 
 def _plain(type_: pa.DataType | None) -> pa.DataType:
-    """The type of a dictionary's values, which Parquet has no lists of; null for no type."""
-    if type_ is None:
-        return pa.null()
-    return type_.value_type if pa.types.is_dictionary(type_) else type_
+    """`plain`, since Parquet has no lists of dictionaries; null for no type."""
+    return pa.null() if type_ is None else plain(type_)
 
 
 def _typed(columns: dict[str, str]) -> dict[str, str]:

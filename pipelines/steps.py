@@ -20,12 +20,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.code import load_function
-from pipelines.contracts import Counts, Work, result_schema
+from pipelines.contracts import Work, result_schema
 from pipelines.errors import RowError
 from pipelines.filter import compile_filter
 from pipelines.lists import Elements, explode, gather, with_ids
 from pipelines.parse import parser
 from pipelines.place import element_ranks, has_elements, input_rows
+from pipelines.shard_stats import Counts
 from pipelines.step_settings import (
     ExplodeStep,
     FilterStep,

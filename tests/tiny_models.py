@@ -58,26 +58,32 @@ def sentencepiece_style(folder: Path) -> Path:
 def with_weights(folder: Path) -> Path:
     """Adds a two-layer Llama with random weights (float32, 2,048 positions) to a tokenizer's folder."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = small_llama(AutoTokenizer.from_pretrained(folder), max_position_embeddings=2048)
     torch.manual_seed(0)
-    config = LlamaConfig(
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def small_llama(tokenizer: Any, **config: Any) -> Any:
+    """The configuration of a two-layer Llama (float32) for this tokenizer."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,  # vLLM's CPU attention wants heads of 32 or more
         num_key_value_heads=2,
-        max_position_embeddings=2048,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
         dtype="float32",
         initializer_range=0.2,  # wide, so that greedy answers vary
+        **config,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 #: Of models that reason and call tools; each is one token, and none is special, as Qwen3 has them.
@@ -145,24 +151,11 @@ def classifier(folder: Path, labels: Sequence[str]) -> Path:
 def _pooling(folder: Path, architecture: Any, **config: Any) -> Path:
     """Adds a byte-level tokenizer and a small Llama of this architecture (float32, 256 positions)."""
     import torch
-    from transformers import LlamaConfig
+    from transformers import AutoTokenizer
 
-    byte_level(folder)
+    tokenizer = AutoTokenizer.from_pretrained(byte_level(folder))
     torch.manual_seed(0)
-    architecture(
-        LlamaConfig(
-            vocab_size=640,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            dtype="float32",
-            initializer_range=0.2,
-            **config,
-        )
-    ).save_pretrained(folder)
+    architecture(small_llama(tokenizer, max_position_embeddings=256, **config)).save_pretrained(folder)
     return folder
 
 

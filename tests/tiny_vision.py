@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from tests.tiny_models import byte_level
+from tests.tiny_models import byte_level, small_llama
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>"
@@ -30,7 +30,7 @@ def image(color: str | tuple[int, ...], size: tuple[int, int] = (40, 30), mode: 
 
 def vision_tokenizer(folder: Path) -> Path:
     """Tokenizer, processor and configuration of `vision_model`: all but its weights."""
-    from transformers import AutoTokenizer, Idefics3Config, Idefics3Processor, LlamaConfig
+    from transformers import AutoTokenizer, Idefics3Config, Idefics3Processor
     from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -41,20 +41,7 @@ def vision_tokenizer(folder: Path) -> Path:
     tokenizer.add_tokens(["<global-img>", *tiles])
     images = Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
     Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=TEMPLATE).save_pretrained(folder)
-    text = LlamaConfig(
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
+    text = small_llama(tokenizer, max_position_embeddings=2048, pad_token_id=tokenizer.pad_token_id)
     vision = Idefics3VisionConfig(
         hidden_size=64,
         intermediate_size=64,

@@ -14,18 +14,15 @@ from jobs.inspect import verify
 from pipelines.storage import Storage
 from tests.local.bare_vllm import bare_pooling
 from tests.local.runs import REAL, dray, job, rows_of, write_questions
+from tests.local.test_model_steps import ENGINE as ON_CPU
 from tests.local.test_model_steps import LABELS, logprobs
+from tests.local.test_parsers import REASONED
 from tests.tiny_models import classifier, embedding_model, thinking_model
 
 pytestmark = pytest.mark.timeout(400)
 
-ENGINE = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "max_model_len": 128,
-    "max_num_seqs": 16,
-    "max_num_batched_tokens": 512,
-    "gpu_memory_utilization": 0.2,
+ENGINE = {key: value for key, value in ON_CPU.items() if key != "kv_cache_memory_bytes"} | {
+    "gpu_memory_utilization": 0.2
 }
 #: Of float32 on a GPU, whose attention may multiply in TF32: 10 bits.
 NEAR = 2e-3
@@ -85,20 +82,12 @@ def test_scores_are_transformers(tmp_path: Path) -> None:
 def test_constraints_hold_behind_the_reasoning(tmp_path: Path) -> None:
     """As on the CPU: a model that ends its reasoning at random says digits then, and anything before."""
     source = str(thinking_model(tmp_path / "model"))
-    sampling = {
-        "temperature": 1,
-        "seed": 0,
-        "max_tokens": 100,
-        "reasoning_parser": "deepseek_r1",
-        "structured_outputs": {"regex": "[0-9]{2}"},
-        "repairs": 3,
-    }
     rows = finished(
         tmp_path,
         24,
         {"source": source, "engine": {"max_model_len": 1024, "max_num_seqs": 32}},
         prompt={"template": "{{ question }}"},
-        sampling=sampling,
+        sampling=REASONED,
     )
     assert all(re.fullmatch("[0-9]{2}", row["generated_text"]) for row in rows)
     reasonings = [row["reasoning"] for row in rows if row["reasoning"]]

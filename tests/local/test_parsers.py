@@ -40,6 +40,17 @@ TOOL = {
 }
 
 
+#: Reasoning of any length, and two digits behind it.
+REASONED = {
+    "temperature": 1,
+    "seed": 0,
+    "max_tokens": 100,
+    "reasoning_parser": "deepseek_r1",
+    "structured_outputs": {"regex": "[0-9]{2}"},
+    "repairs": 3,
+}
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return thinking_model(tmp_path_factory.mktemp("model"))
@@ -290,14 +301,7 @@ def test_vllm_holds_constraints_for_the_answer_alone(model: Path, tmp_path: Path
             "source": str(model),
             "engine": {"max_model_len": 1024, "max_num_seqs": 32, "enforce_eager": True, "dtype": "float32"},
         },
-        sampling={
-            "temperature": 1,
-            "seed": 0,
-            "max_tokens": 100,
-            "reasoning_parser": "deepseek_r1",
-            "structured_outputs": {"regex": "[0-9]{2}"},
-            "repairs": 3,
-        },
+        sampling=REASONED,
         steps=[{"generate": called}, {"generate": short}, {"judge": judge}],
     )
     report = run(load(settings))

@@ -36,14 +36,7 @@ from jobs.lock import LOCK_NAME, OutputLock, cancel
 from jobs.planning import extend, load_plan, new_plan
 from jobs.proposal import Proposal
 from pipelines.commit import Commit
-from pipelines.contracts import (
-    GENERATION_SCHEMA,
-    PROMPT_SCHEMA,
-    START_PARTS,
-    InputFile,
-    Shard,
-    Work,
-)
+from pipelines.contracts import GENERATION_SCHEMA, PROMPT_SCHEMA, InputFile, Shard, Work
 from pipelines.errors import (
     DrayError,
     Interrupted,
@@ -54,6 +47,7 @@ from pipelines.errors import (
 from pipelines.kept import KeptIn
 from pipelines.part import FOOTER_KEY, Footer, part_of
 from pipelines.run import EngineResources, Outcome
+from pipelines.shard_stats import START_PARTS
 from pipelines.stage import Failure, Parcel
 from pipelines.storage import Storage
 from tests.local.runs import job

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import pytest
 
 from jobs.budget import ErrorBudget
-from pipelines.contracts import FORMAT_VERSION, Provenance, Shard, ShardStats
+from pipelines.contracts import FORMAT_VERSION, Shard
 from pipelines.errors import ErrorBudgetSpent
 from pipelines.part import Footer
 from pipelines.settings import ErrorSettings
+from pipelines.shard_stats import Provenance, ShardStats
 
 ROWS = 100
 

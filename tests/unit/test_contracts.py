@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.contracts import PROMPT_SCHEMA, Shard, ShardStats, Span, pack, shard_id, unpack
+from pipelines.contracts import PROMPT_SCHEMA, Shard, Span, pack, shard_id, unpack
 from pipelines.errors import RowError
 from pipelines.histogram import GROWTH, Histogram
+from pipelines.shard_stats import ShardStats
 from pipelines.stage import Failure, Parcel
 
 durations = st.lists(st.floats(1e-5, 1e5), max_size=50)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from jobs.engine_use import EngineUse, engine_use
 from pipelines.answering import gpus_of
-from pipelines.contracts import Provenance, Turn
 from pipelines.engine import EngineInfo
 from pipelines.settings import ModelSettings, PoolSettings
+from pipelines.shard_stats import Provenance, Turn
 
 
 def part(*turns: tuple[str, str, int, int], run: str = "r") -> Provenance:

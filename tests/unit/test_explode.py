@@ -24,10 +24,11 @@ from jobs.proposal import propose
 from jobs.report import figures
 from jobs.report_html import facts_of
 from jobs.report_rows import REDACTED, lengths
-from pipelines.contracts import RESULT_FIELDS, ShardStats
+from pipelines.contracts import RESULT_FIELDS
 from pipelines.errors import SpecError
 from pipelines.part import Footer, read_part
 from pipelines.place import input_rows
+from pipelines.shard_stats import ShardStats
 from pipelines.step_settings import StepSettings
 from pipelines.steps import Steps, settled, with_steps
 from pipelines.storage import Storage

@@ -16,9 +16,9 @@ import pytest
 
 from jobs import load
 from jobs.reuse import KEPT, kept_in, reuse_of
-from pipelines.contracts import ShardStats
 from pipelines.errors import SpecError
 from pipelines.part import read_part
+from pipelines.shard_stats import ShardStats
 from tests.local.runs import TINY, job, rows_of
 from tests.unit.stages import Output, planned, run
 

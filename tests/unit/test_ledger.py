@@ -24,8 +24,8 @@ from jobs.metering import Meter, Usage, gpu_seconds_of_runs
 from jobs.output import SPEC
 from jobs.shared_ledger import Announcer, announcer, record_name
 from jobs.team_runs import parse_since, team_runs
-from pipelines.contracts import Provenance
 from pipelines.errors import EngineStartError, Interrupted, LimitReached, SpecError
+from pipelines.shard_stats import Provenance
 from pipelines.storage import Storage
 from tests.unit.test_retry import settings, write_rows
 

@@ -21,8 +21,8 @@ from jobs.report_charts import BINS, DRAWN, LANES, Axis, duration, of_lengths, q
 from jobs.report_compare import Figure, compared, cost_of, differing_settings
 from jobs.report_html import Facts, facts_of, render_html
 from jobs.spec import CostSettings
-from pipelines.contracts import Turn
 from pipelines.settings import ModelSettings
+from pipelines.shard_stats import Turn
 from tests.local.runs import job
 from tests.unit.stages import Output, committed, planned
 
