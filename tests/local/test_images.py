@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,18 @@ def parts(text: str, images: list[bytes]) -> list[dict[str, Any]]:
 
 
 def test_images_are_answered_as_bare_vllm_answers_them(tmp_path: Path) -> None:
-    """By column, and in messages of a later step by path: texts, numbers of tokens, and errors in their rows' places."""
+    def start(settings: dict[str, Any]) -> None:
+        assert run(load(settings)).state == "complete"
+
+    check_images(tmp_path, start, ENGINE, {"cpus_per_engine": 1})
+
+
+def check_images(
+    tmp_path: Path, start: Callable[[dict[str, Any]], None], engine: dict[str, Any], pool: dict[str, Any]
+) -> None:
+    """By column, and in messages of a later step by path: texts, numbers of tokens, and errors in their rows' places.
+
+    `start` runs a job that must come to its end."""
     source = str(vision_model(tmp_path / "model"))
     rows = [*GOOD, *(("What is it?", images) for images, _, _ in BAD)]
     (tmp_path / "pictures").mkdir()
@@ -82,32 +94,29 @@ def test_images_are_answered_as_bare_vllm_answers_them(tmp_path: Path) -> None:
     table = {"text": [text for text, _ in rows], "seen": pa.array(structs, kind), "chat": chats}
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table(table), tmp_path / "in" / "rows.parquet")
-    report = run(
-        load(
-            job(
-                tmp_path / "in",
-                tmp_path / "out",
-                input={"images_folder": str(tmp_path / "pictures")},
-                prompt={"template": "{{ text }}", "images_column": "seen"},
-                model={**REAL, "source": source, "engine": ENGINE},
-                sampling=SAMPLING,
-                output={"provenance": True},
-                shards={"rows": 7},
-                pool={"cpus_per_engine": 1},
-                errors={"max_error_rate": 0.5},
-                steps=[
-                    {
-                        "generate": {
-                            "column": "second",
-                            "prompt": {"messages_column": "chat"},
-                            "sampling": SAMPLING,
-                        }
+    start(
+        job(
+            tmp_path / "in",
+            tmp_path / "out",
+            input={"images_folder": str(tmp_path / "pictures")},
+            prompt={"template": "{{ text }}", "images_column": "seen"},
+            model={**REAL, "source": source, "engine": engine},
+            sampling=SAMPLING,
+            output={"provenance": True},
+            shards={"rows": 7},
+            pool=pool,
+            errors={"max_error_rate": 0.5},
+            steps=[
+                {
+                    "generate": {
+                        "column": "second",
+                        "prompt": {"messages_column": "chat"},
+                        "sampling": SAMPLING,
                     }
-                ],
-            )
+                }
+            ],
         )
     )
-    assert report.state == "complete"
     assert verify(Storage(str(tmp_path / "out")), deep=True)["problems"] == []
     found = rows_of(tmp_path / "out").to_pylist()
 
@@ -116,7 +125,7 @@ def test_images_are_answered_as_bare_vllm_answers_them(tmp_path: Path) -> None:
     after = [
         [{"role": "user", "content": [turn[0]["content"][-1], *turn[0]["content"][:-1]]}] for turn in first
     ]
-    bare = bare_vllm({"model": source, **ENGINE}, SAMPLING, [*first, *after])
+    bare = bare_vllm({"model": source, **engine}, SAMPLING, [*first, *after])
     for place, (one, two) in enumerate(zip(bare[: len(GOOD)], bare[len(GOOD) :], strict=True)):
         row = places[place]
         assert row["error_code"] is None
