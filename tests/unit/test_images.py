@@ -291,6 +291,22 @@ def test_images_go_no_further_than_the_engine(tmp_path: Path, model: str) -> Non
     assert all(one["data"] is None for images in after["images"].to_pylist() for one in images or ())
 
 
+
+@pytest.mark.parametrize("kind", ["embed", "classify", "score"])
+def test_all_that_asks_counts_the_tokens_of_images(tmp_path: Path, model: str, kind: str) -> None:
+    prompt = {"prompt_column": "text", "images_column": "seen", "chat": False}
+    step = {kind: {"column": "x", "prompt": prompt, **({"answer": "text"} if kind == "score" else {})}}
+
+    def tokens(name: str, rows: list[tuple[str, list[bytes]]]) -> int:
+        output = planned(settings(tmp_path, model, rows, out=tmp_path / name, prompt=None, steps=[step]))
+        (footer,) = run(output.work("first"), output.plan.shards)
+        assert footer.stats.rows_ok == len(rows)
+        return int(footer.stats.steps[kind]["prompt_tokens"])
+
+    bare = tokens("bare", [(text, []) for text, _ in ROWS])
+    assert tokens("seeing", ROWS) == bare + 32 * sum(len(images) for _, images in ROWS)
+
+
 def test_broken_images_fail_their_rows_alone(tmp_path: Path, model: str) -> None:
     rows = [("What?", [RED]), ("What?", [b"broken"]), ("What?", [BLUE])]
     output = planned(settings(tmp_path, model, rows))
@@ -316,9 +332,21 @@ def test_a_preview_counts_images(tmp_path: Path, model: str) -> None:
     assert first["images"] == 1
 
 
+
+
+
 def test_mistakes_stop_the_plan(tmp_path: Path, model: str) -> None:
     with pytest.raises(SpecError, match=r"prompt.images_column: the model .* takes no images"):
         planned(settings(tmp_path, str(TINY)))
+    step = {
+        "embed": {
+            "column": "x",
+            "prompt": {"prompt_column": "text", "images_column": "seen"},
+            "model": {"source": str(TINY)},
+        }
+    }
+    with pytest.raises(SpecError, match=r"steps.embed.prompt.images_column: the model .* takes no images"):
+        planned(settings(tmp_path, model, steps=[step]))
     with pytest.raises(SpecError, match=r"output.conversation: the column holds text only"):
         planned(settings(tmp_path, model, output={"conversation": "turns"}))
     with pytest.raises(InputError, match=r"unknown column 'sen'; did you mean 'seen'"):
