@@ -11,6 +11,7 @@ from typing import Any
 from pipelines.engine_args import check_engine_args
 from pipelines.errors import ModelError
 from pipelines.model_cache import cached_model, pull
+from pipelines.model_shape import cached
 from pipelines.model_weights import (
     check_load_format,
     check_weights,
@@ -85,6 +86,21 @@ def local_model(model: ModelSettings, *, weights: bool) -> ModelSettings:
     if full and os.path.isdir(local.source):
         _check_folder(local, Path(local.source))
     return local
+
+
+def folder_at_hand(model: ModelSettings) -> Path | None:
+    """Where the model's configuration is on this machine, all of it; None where only a store or the hub could tell."""
+    if os.path.isabs(model.source):
+        folder = Path(model.source)
+        return folder if (folder / "config.json").is_file() else None
+    found = cached_model(model.source, model.revision, model.storage_options, weights=False) or cached_model(
+        model.source, asked=model.revision, weights=False
+    )
+    if found is not None or "://" in model.source:
+        return found[0] if found else None
+    snapshot = cached(model.source, model)
+    # The hub's cache has a file when somebody has asked for it: where the weights are, the others are.
+    return snapshot if snapshot is not None and any(snapshot.glob("*.safetensors")) else None
 
 
 def _local_adapter(lora: LoraSettings, model: ModelSettings) -> LoraSettings:

@@ -10,11 +10,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from click.testing import CliRunner
 
 from jobs import load
+from jobs.cli import main
 from jobs.preview import preview
+from jobs.proposal import check_images
 from jobs.reuse import KEPT, kept_in
 from pipelines import images as module
+from pipelines import vision
 from pipelines.errors import InputError, RowError, SpecError
 from pipelines.image_turns import has_images, places_images, takes_parts_only, with_images
 from pipelines.images import Image, ImageReader, digests_of, images_array, images_of, without_data
@@ -22,7 +27,7 @@ from pipelines.lengths import IMAGE_TOKENS, Lengths
 from pipelines.messages import Turns, checked
 from pipelines.part import read_part
 from pipelines.prepare import Prepare
-from pipelines.settings import SamplingSettings
+from pipelines.settings import ModelSettings, SamplingSettings
 from pipelines.stage import Parcel
 from tests.local.runs import TINY, job, rows_of
 from tests.tiny_vision import image, vision_tokenizer
@@ -333,6 +338,51 @@ def test_a_preview_counts_images(tmp_path: Path, model: str) -> None:
 
 
 
+def test_validating_says_what_the_plan_says_of_images(tmp_path: Path, model: str) -> None:
+    def said(*arguments: str) -> tuple[int, str]:
+        done = CliRunner().invoke(main, [arguments[0], str(tmp_path / "job.yaml"), *arguments[1:]])
+        return done.exit_code, done.output
+
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings(tmp_path, model)))
+    code, words = said("validate")
+    assert (code, "valid job" in words) == (0, True)
+    blind = f"model.source={TINY}"
+    code, words = said("validate", blind)
+    assert (code, words) == said("plan", blind)
+    assert code != 0
+    assert f"prompt.images_column: the model '{TINY}' takes no images" in " ".join(words.split())
+
+
+def test_validating_looks_no_further_than_this_machine(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(model: ModelSettings, *, weights: bool) -> ModelSettings:
+        raise AssertionError(f"{model.source} would be fetched")
+
+    monkeypatch.setattr(vision, "local_model", fetched)
+    monkeypatch.setenv("DRAY_MODELS", str(tmp_path / "models"))
+    snapshot = tmp_path / "hub" / "models--of--somebody" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    for file in TINY.iterdir():
+        if file.suffix == ".json":
+            (snapshot / file.name).write_bytes(file.read_bytes())
+
+    def check(source: str) -> None:
+        engine = {"download_dir": str(tmp_path / "hub")}
+        check_images(
+            load(settings(tmp_path, model, model={"source": source, "engine": engine})).spec, at_hand=True
+        )
+
+    check("s3://nowhere/model")
+    check("of/nobody")
+    check("of/somebody")  # whose processor may not have been asked for yet
+    (snapshot / "model.safetensors").write_bytes(b"")
+    with pytest.raises(SpecError, match=r"prompt.images_column: the model 'of/somebody' takes no images"):
+        check("of/somebody")
+    (snapshot / "preprocessor_config.json").write_text("{}")
+    check("of/somebody")
 
 
 def test_mistakes_stop_the_plan(tmp_path: Path, model: str) -> None:
