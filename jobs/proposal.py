@@ -172,7 +172,8 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
         if plan is None:
             raise OutputError(f"{storage.url()} has no plan to resume: use `dray run`")
         return Proposal(job=job, storage=storage, plan=plan, identity=covered)
-    files = list_files(spec.input, needed_columns(spec), plan.by_path if plan else None)
+    images = frozenset(column for column, _ in spec.images_columns.values())
+    files = list_files(spec.input, needed_columns(spec), plan.by_path if plan else None, images)
     if plan is None:
         schema = input_schema(spec, files)
         plan = new_plan(files, schema, print_, **_cutting(spec))
@@ -200,7 +201,7 @@ def checked_identity(job: LoadedJob) -> dict[str, Any]:
 def check_images(spec: JobSpec, *, at_hand: bool = False) -> None:
     """Raise SpecError for images that their model does not take. `at_hand`: only of models that are on this machine; no store and
     no hub is asked."""
-    for key, model in spec.images_columns.items():
+    for key, (_, model) in spec.images_columns.items():
         folder = folder_at_hand(model) if at_hand else None
         if folder is not None or not at_hand:
             Vision(model, folder=folder).check(key)

@@ -55,6 +55,10 @@ class InputFile:
     """Parquet: rows of each row group."""
     data_bytes: int = 0
     """Estimated uncompressed bytes of the columns that will be read."""
+    image_bytes: int = 0
+    """Of `data_bytes`, those of the prompts' images."""
+    images: int = 0
+    """Estimated number of the prompts' images, those that lie elsewhere included."""
     estimated_rows: int = 0
     """`rows` where known, else a guess from the size and a sample of lines; sizes shards, promises nothing."""
     schema: pa.Schema | None = field(default=None, compare=False, repr=False)

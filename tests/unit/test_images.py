@@ -337,6 +337,19 @@ def test_a_preview_counts_images(tmp_path: Path, model: str) -> None:
     assert first["images"] == 1
 
 
+def test_shards_are_as_large_as_the_engines_work_and_not_as_the_images(tmp_path: Path, model: str) -> None:
+    """On a CPU 12,000 tokens are a shard's; 64 KiB of text would be 16,384."""
+    rows = [("What?", [RED + bytes([number]) * (64 << 10)]) for number in range(200)]
+    shards = planned(settings(tmp_path, model, rows)).plan.shards
+    assert sum(shard.rows or 0 for shard in shards) == 200
+    assert 10 <= max(shard.rows or 0 for shard in shards) <= 12
+    # Asked about by a later step only, they are no text either.
+    step = {"generate": {"column": "more", "prompt": {"template": "a", "images_column": "seen"}}}
+    later = settings(
+        tmp_path, model, rows, out=tmp_path / "later", prompt={"template": "{{ text }}"}, steps=[step]
+    )
+    assert [shard.rows for shard in planned(later).plan.shards] == [shard.rows for shard in shards]
+
 
 def test_validating_says_what_the_plan_says_of_images(tmp_path: Path, model: str) -> None:
     def said(*arguments: str) -> tuple[int, str]:
