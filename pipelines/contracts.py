@@ -245,6 +245,12 @@ def result_fields(*, prompted: bool) -> tuple[pa.Field, ...]:
     return tuple(field for field in RESULT_FIELDS if prompted or field not in ANSWER_FIELDS)
 
 
+def carried_columns(input_schema: pa.Schema, output: OutputSettings) -> list[str]:
+    """The input columns that a part holds, in its order."""
+    names: list[str] = input_schema.names if output.columns == "all" else output.columns
+    return names
+
+
 def result_schema(
     input_schema: pa.Schema, output: OutputSettings, sampling: SamplingSettings, *, prompted: bool = True
 ) -> pa.Schema:
@@ -252,10 +258,9 @@ def result_schema(
 
     `prompted`: whether the job has a prompt of its own.
     """
-    names = input_schema.names if output.columns == "all" else output.columns
     carried = [
         input_schema.field(name).with_name(output.rename.get(name, name)).with_nullable(True)
-        for name in names
+        for name in carried_columns(input_schema, output)
     ]
     return pa.schema([*carried, *result_fields(prompted=prompted), *extra_fields(output, sampling)])
 

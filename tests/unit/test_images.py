@@ -296,6 +296,22 @@ def test_images_go_no_further_than_the_engine(tmp_path: Path, model: str) -> Non
     assert all(one["data"] is None for images in after["images"].to_pylist() for one in images or ())
 
 
+def test_a_column_of_images_that_is_not_wanted_stays_where_it_was_read(tmp_path: Path, model: str) -> None:
+    for number, columns in enumerate([["text"], "all", ["seen", "text"]]):
+        given = settings(tmp_path, model, out=tmp_path / f"out{number}", output={"columns": columns})
+        output = planned(given)
+        work, (shard,) = output.work("first"), output.plan.shards
+        wanted = ["text", "seen"] if columns == "all" else columns
+        rows = Prepare(work).shard(Parcel(shard=shard)).rows
+        assert isinstance(rows, pa.Table)
+        assert rows.column_names == [*wanted, "row_id"]
+        run(work, [shard])
+        found = rows_of(output.folder)
+        assert found.column_names[: len(wanted) + 1] == [*wanted, "row_id"]
+        assert found["text"].to_pylist() == [text for text, _ in ROWS]
+        if "seen" in wanted:
+            assert found["seen"].to_pylist() == [images for _, images in ROWS]
+
 
 @pytest.mark.parametrize("kind", ["embed", "classify", "score"])
 def test_all_that_asks_counts_the_tokens_of_images(tmp_path: Path, model: str, kind: str) -> None:
