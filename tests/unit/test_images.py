@@ -261,6 +261,15 @@ def test_equal_texts_with_other_images_are_not_answered_once(tmp_path: Path, mod
     ] == [32 * len(images) for _, images in ROWS]
 
 
+@pytest.mark.timeout(60)
+def test_rows_that_wait_enter_also_when_images_turn_out_shorter(tmp_path: Path, model: str) -> None:
+    rows = [("What?", [image((number, 0, 0))]) for number in range(20)]
+    engine = {"source": model, "engine": {"max_num_seqs": 2}}
+    output = planned(settings(tmp_path, model, rows, model=engine, shards={"rows": 20}))
+    (footer,) = run(output.work("first"), output.plan.shards)
+    assert footer.stats.rows_ok == 20
+
+
 def test_kept_answers_are_taken_over_for_the_same_images_only(tmp_path: Path, model: str) -> None:
     def answered(name: str, rows: list[tuple[str, list[bytes]]], *before: str) -> Output:
         reuse = {"keep": True, "outputs": [str(tmp_path / one) for one in before]}
