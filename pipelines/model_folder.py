@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.engine_args import check_engine_args
 from pipelines.errors import ModelError
 from pipelines.model_cache import cached_model, pull
-from pipelines.model_shape import cached
+from pipelines.model_shape import cached, weight_names
 from pipelines.model_weights import (
     check_load_format,
     check_weights,
@@ -23,6 +23,8 @@ from pipelines.settings import LoraSettings, ModelSettings
 
 #: The weights of a LoRA adapter; vLLM would take a pickle in its place.
 ADAPTER = "adapter_model.safetensors"
+#: Endings of architectures that generate.
+_GENERATE = ("ForCausalLM", "ForConditionalGeneration")
 #: `name` or `owner/name`, as the Hugging Face hub allows them.
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
@@ -59,6 +61,23 @@ def check_model(model: ModelSettings) -> None:
 def _check_folder(model: ModelSettings, folder: Path) -> None:
     if model.backend == "vllm":
         check_weights(model.source, (path.name for path in folder.iterdir()), model.engine)
+        if model.engine.get("convert") == "classify" and loads_weights(model.engine):
+            _check_head(model, folder)
+
+
+def _check_head(model: ModelSettings, folder: Path) -> None:
+    """Of a model that generates vLLM makes a classifier with the weights `score`. Where there are none, 0.32 leaves the head as
+    the memory was, without a word."""
+    config = json.loads((folder / "config.json").read_bytes())
+    config = {**config, **(config.get("text_config") or {}), **(model.engine.get("hf_overrides") or {})}
+    generates = any(name.endswith(_GENERATE) for name in config.get("architectures") or ())
+    made = {"classifier_from_token", "method"} & config.keys()  # of the language model's own head
+    names = weight_names(folder)
+    if generates and names and not made and not any("score" in name.split(".") for name in names):
+        raise ModelError(
+            f"model.engine.convert: {model.source} has no head to classify by: there are no weights named `score` in its "
+            "checkpoint; choose a classifier"
+        )
 
 
 def local_model(model: ModelSettings, *, weights: bool) -> ModelSettings:
