@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 def validate(target: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check a job file: keys, types, engine arguments. Reads no data."""
     from jobs.output_schemas import json_columns
+    from jobs.proposal import check_images
     from jobs.target import job_of
 
     job = job_of(target, overrides)
+    check_images(job.spec, at_hand=True)
     notes = json_columns(job.spec)
     show(
         {"valid": True, "name": job.spec.name, "notes": notes},

@@ -14,6 +14,7 @@ from typing import Literal
 
 from pipelines.contracts import InputFile, Shard, Span, shard_id
 from pipelines.errors import SpecError
+from pipelines.lengths import IMAGE_TOKENS
 
 #: Most shards of one job: at some 30 ms of overhead each (ARCHITECTURE.md), and one object each in `data/`.
 MAX_SHARDS = 100_000
@@ -30,7 +31,9 @@ TARGET_TOKENS = GPU_TOKENS_PER_S * SHARD_S
 #: below as many rows as three shards need to fill an engine (SIMULATED, four engines of three shards each: 13 shards end
 #: after 325 s with equal shards and 271 s so; with an eighth of 1,000 rows engines starve, and 24 take 25 % longer).
 LAST_SHARE, LAST_ROWS = 1 / 4, 512
-#: Rough for English text and code; Chinese has fewer bytes per token, which makes shards larger than meant.
+#: Rough for English text and code; Chinese has fewer bytes per token, which makes shards larger than meant. An image counts as
+#: in admission, `lengths.IMAGE_TOKENS`, whatever its file's size: that also bounds how many files prepare holds of those that
+#: rows name by path.
 BYTES_PER_TOKEN = 4
 
 
@@ -88,8 +91,9 @@ def cut_lazily(files: Sequence[InputFile], rows: int) -> Iterator[Shard]:
 def auto_rows(files: Sequence[InputFile], target_tokens: float, output_tokens: float, feed: int) -> float:
     """Rows per shard that come to `target_tokens`, within 1 and `MAX_ROWS`; fewer where `feed` needs more shards."""
     total = sum(map(_rows, files))
-    row_bytes = sum(file.data_bytes for file in files) / total
-    target = target_tokens / (row_bytes / BYTES_PER_TOKEN + output_tokens)
+    text = sum(file.data_bytes - file.image_bytes for file in files) / BYTES_PER_TOKEN
+    prompts = text + sum(file.images for file in files) * IMAGE_TOKENS
+    target = target_tokens / (prompts / total + output_tokens)
     target = min(max(target, 1.0), float(MAX_ROWS))
     return min(target, max(float(MIN_ROWS), math.ceil(total / max(feed, 1))))
 

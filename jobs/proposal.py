@@ -29,7 +29,7 @@ from pipelines.code import code_digest, code_path, load_function, user_folders
 from pipelines.contracts import InputFile, Work, result_schema
 from pipelines.errors import InputError, OutputError, OutputLocked
 from pipelines.listing import list_files
-from pipelines.model_folder import check_model
+from pipelines.model_folder import check_model, folder_at_hand
 from pipelines.schema import conform_all, infer_schema
 from pipelines.steps import added_by
 from pipelines.storage import Storage
@@ -172,7 +172,8 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
         if plan is None:
             raise OutputError(f"{storage.url()} has no plan to resume: use `dray run`")
         return Proposal(job=job, storage=storage, plan=plan, identity=covered)
-    files = list_files(spec.input, needed_columns(spec), plan.by_path if plan else None)
+    images = frozenset(column for column, _ in spec.images_columns.values())
+    files = list_files(spec.input, needed_columns(spec), plan.by_path if plan else None, images)
     if plan is None:
         schema = input_schema(spec, files)
         plan = new_plan(files, schema, print_, **_cutting(spec))
@@ -191,11 +192,19 @@ def checked_identity(job: LoadedJob) -> dict[str, Any]:
     that the model does not take."""
     for model in job.spec.models.values():
         check_model(model)
-    for key, model in job.spec.images_columns.items():
-        Vision(model).check(key)
+    check_images(job.spec)
     for key, function in job.spec.functions.items():
         load_function(function, own_folders(), key)
     return identity(job, own_folders())
+
+
+def check_images(spec: JobSpec, *, at_hand: bool = False) -> None:
+    """Raise SpecError for images that their model does not take. `at_hand`: only of models that are on this machine; no store and
+    no hub is asked."""
+    for key, (_, model) in spec.images_columns.items():
+        folder = folder_at_hand(model) if at_hand else None
+        if folder is not None or not at_hand:
+            Vision(model, folder=folder).check(key)
 
 
 def input_schema(spec: JobSpec, files: list[InputFile]) -> pa.Schema:

@@ -25,6 +25,8 @@ _FILE = pa.struct(
         pa.field("rows", pa.int64()),
         pa.field("estimated_rows", pa.int64()),
         pa.field("data_bytes", pa.int64()),
+        pa.field("image_bytes", pa.int64()),
+        pa.field("images", pa.int64()),
     ]
 )
 _SPAN = pa.struct(

@@ -145,15 +145,15 @@ class JobSpec(Settings):
         return {f"steps.{name}": step.asks for name, step in self.named_steps.items() if step.asks}
 
     @property
-    def images_columns(self) -> dict[str, ModelSettings]:
-        """The models that are to take images, by the keys which say so."""
+    def images_columns(self) -> dict[str, tuple[str, ModelSettings]]:
+        """The columns of images and the models that are to take them, by the keys which say so."""
         own = {"prompt": (self.prompt, self.model)} if self.prompt else {}
         asked = {
             f"{key}.{step.key_of('prompt')}": (step.asked_prompt, step.model or self.model)
             for key, step in self.asking_steps.items()
         }
         return {
-            f"{key}.images_column": model
+            f"{key}.images_column": (prompt.images_column, model)
             for key, (prompt, model) in {**own, **asked}.items()
             if prompt.images_column is not None
         }

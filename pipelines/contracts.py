@@ -55,6 +55,10 @@ class InputFile:
     """Parquet: rows of each row group."""
     data_bytes: int = 0
     """Estimated uncompressed bytes of the columns that will be read."""
+    image_bytes: int = 0
+    """Of `data_bytes`, those of the prompts' images."""
+    images: int = 0
+    """Estimated number of the prompts' images, those that lie elsewhere included."""
     estimated_rows: int = 0
     """`rows` where known, else a guess from the size and a sample of lines; sizes shards, promises nothing."""
     schema: pa.Schema | None = field(default=None, compare=False, repr=False)
@@ -241,6 +245,12 @@ def result_fields(*, prompted: bool) -> tuple[pa.Field, ...]:
     return tuple(field for field in RESULT_FIELDS if prompted or field not in ANSWER_FIELDS)
 
 
+def carried_columns(input_schema: pa.Schema, output: OutputSettings) -> list[str]:
+    """The input columns that a part holds, in its order."""
+    names: list[str] = input_schema.names if output.columns == "all" else output.columns
+    return names
+
+
 def result_schema(
     input_schema: pa.Schema, output: OutputSettings, sampling: SamplingSettings, *, prompted: bool = True
 ) -> pa.Schema:
@@ -248,10 +258,9 @@ def result_schema(
 
     `prompted`: whether the job has a prompt of its own.
     """
-    names = input_schema.names if output.columns == "all" else output.columns
     carried = [
         input_schema.field(name).with_name(output.rename.get(name, name)).with_nullable(True)
-        for name in names
+        for name in carried_columns(input_schema, output)
     ]
     return pa.schema([*carried, *result_fields(prompted=prompted), *extra_fields(output, sampling)])
 

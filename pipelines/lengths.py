@@ -113,9 +113,11 @@ class Rows:
         """`rows`: positions in the shard, in order; `prompt_tokens` and own `max_tokens` of the row at a position."""
         self._prompt_tokens, self._max_tokens, self._lengths = prompt_tokens, max_tokens, lengths
         self._classes: dict[Kind, deque[int]] = {}
+        """By the class that each row had when it came."""
         self._count = 0
         for row in rows:
-            self._classes.setdefault(self._kind(row), deque()).append(row)
+            kind = kind_of(prompt_tokens(row), max_tokens(row))
+            self._classes.setdefault(kind, deque()).append(row)
             self._count += 1
 
     def __len__(self) -> int:
@@ -134,13 +136,9 @@ class Rows:
 
     def take(self, row: int) -> None:
         """`row`, which `first` gave, is no longer in line."""
-        kind = self._kind(row)
-        rows = self._classes[kind]
-        assert rows[0] == row
+        # Not by what its class would be now: images may have turned out longer or shorter than expected.
+        kind, rows = next((kind, rows) for kind, rows in self._classes.items() if rows[0] == row)
         rows.popleft()
         if not rows:
             del self._classes[kind]
         self._count -= 1
-
-    def _kind(self, row: int) -> Kind:
-        return kind_of(self._prompt_tokens(row), self._max_tokens(row))

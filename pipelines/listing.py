@@ -43,14 +43,15 @@ def list_files(
     settings: InputSettings,
     needed: frozenset[str] = frozenset(),
     known: Mapping[str, InputFile] | None = None,
+    images: frozenset[str] = frozenset(),
 ) -> list[InputFile]:
     """The files that `input.path` names, entry by entry, by path within an entry, each once.
 
     Names with a leading `.` or `_`, and everything in folders so named, are left out of folders and globs; so are
     companions of data such as README.md. An output of Dray stands for its `data/`. `needed`: columns beside
     `input.columns` that will be read, for `data_bytes`. `known`: files of the plan by path; those still at their
-    planned version are returned as they are, without a look at their footers. Raises InputError (no such path,
-    nothing there, an ending that tells no format, a damaged footer).
+    planned version are returned as they are, without a look at their footers. `images`: those of the columns that hold
+    images of prompts. Raises InputError (no such path, nothing there, an ending that tells no format, a damaged footer).
     """
     entries = [settings.path] if isinstance(settings.path, str) else settings.path
     found: dict[str, InputFile] = {}
@@ -58,7 +59,7 @@ def list_files(
         for file in _entry(entry, settings):
             found.setdefault(file.path, file)
     files = [_if_known(file, known or {}) for file in found.values()]
-    return _estimated(_with_footers(files, settings, needed), settings)
+    return _estimated(_with_footers(files, settings, needed, images), settings, images)
 
 
 def _if_known(file: InputFile, known: Mapping[str, InputFile]) -> InputFile:
@@ -187,9 +188,10 @@ def _file(storage: Storage, info: ObjectInfo, settings: InputSettings, *, named:
 
 
 def _with_footers(
-    files: Sequence[InputFile], settings: InputSettings, needed: frozenset[str]
+    files: Sequence[InputFile], settings: InputSettings, needed: frozenset[str], images: frozenset[str]
 ) -> list[InputFile]:
     columns = wanted_columns(settings, needed)
+    seen = images if columns is None else images.intersection(columns)
     options: dict[str, Any] = settings.storage_options
     schemas: dict[Any, Any] = {}  # thousands of files share one schema object
 
@@ -204,6 +206,8 @@ def _with_footers(
             estimated_rows=footer.rows,
             row_groups=footer.row_groups,
             data_bytes=footer.data_bytes(columns),
+            image_bytes=footer.data_bytes(seen),
+            images=sum(map(footer.values, seen)),
             schema=schemas.setdefault(footer.schema, footer.schema),
         )
 
@@ -211,16 +215,17 @@ def _with_footers(
         return list(pool.map(look, files))
 
 
-def _estimated(files: Iterable[InputFile], settings: InputSettings) -> list[InputFile]:
-    """Text files with a guess at their rows and unpacked bytes."""
+def _estimated(
+    files: Iterable[InputFile], settings: InputSettings, images: frozenset[str]
+) -> list[InputFile]:
+    """Text files with a guess at their rows, unpacked bytes and images."""
     files = list(files)
     for format_ in ("jsonl", "csv"):
         group = [file for file in files if file.format == format_ and not file.estimated_rows and file.size]
         if not group:
             continue
-        guess = density(group, settings)
+        guess = density(group, settings, images)
         for i, file in enumerate(files):
             if file.format == format_ and not file.estimated_rows and file.size:
-                rows, data = guess.estimate(file)
-                files[i] = replace(file, estimated_rows=rows, data_bytes=data)
+                files[i] = guess.estimate(file)
     return files

@@ -11,6 +11,7 @@ from typing import Any
 from pipelines.engine_args import check_engine_args
 from pipelines.errors import ModelError
 from pipelines.model_cache import cached_model, pull
+from pipelines.model_shape import cached, weight_names
 from pipelines.model_weights import (
     check_load_format,
     check_weights,
@@ -22,6 +23,8 @@ from pipelines.settings import LoraSettings, ModelSettings
 
 #: The weights of a LoRA adapter; vLLM would take a pickle in its place.
 ADAPTER = "adapter_model.safetensors"
+#: Endings of architectures that generate.
+_GENERATE = ("ForCausalLM", "ForConditionalGeneration")
 #: `name` or `owner/name`, as the Hugging Face hub allows them.
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
@@ -58,6 +61,23 @@ def check_model(model: ModelSettings) -> None:
 def _check_folder(model: ModelSettings, folder: Path) -> None:
     if model.backend == "vllm":
         check_weights(model.source, (path.name for path in folder.iterdir()), model.engine)
+        if model.engine.get("convert") == "classify" and loads_weights(model.engine):
+            _check_head(model, folder)
+
+
+def _check_head(model: ModelSettings, folder: Path) -> None:
+    """Of a model that generates vLLM makes a classifier with the weights `score`. Where there are none, 0.32 leaves the head as
+    the memory was, without a word."""
+    config = json.loads((folder / "config.json").read_bytes())
+    config = {**config, **(config.get("text_config") or {}), **(model.engine.get("hf_overrides") or {})}
+    generates = any(name.endswith(_GENERATE) for name in config.get("architectures") or ())
+    made = {"classifier_from_token", "method"} & config.keys()  # of the language model's own head
+    names = weight_names(folder)
+    if generates and names and not made and not any("score" in name.split(".") for name in names):
+        raise ModelError(
+            f"model.engine.convert: {model.source} has no head to classify by: there are no weights named `score` in its "
+            "checkpoint; choose a classifier"
+        )
 
 
 def local_model(model: ModelSettings, *, weights: bool) -> ModelSettings:
@@ -85,6 +105,21 @@ def local_model(model: ModelSettings, *, weights: bool) -> ModelSettings:
     if full and os.path.isdir(local.source):
         _check_folder(local, Path(local.source))
     return local
+
+
+def folder_at_hand(model: ModelSettings) -> Path | None:
+    """Where the model's configuration is on this machine, all of it; None where only a store or the hub could tell."""
+    if os.path.isabs(model.source):
+        folder = Path(model.source)
+        return folder if (folder / "config.json").is_file() else None
+    found = cached_model(model.source, model.revision, model.storage_options, weights=False) or cached_model(
+        model.source, asked=model.revision, weights=False
+    )
+    if found is not None or "://" in model.source:
+        return found[0] if found else None
+    snapshot = cached(model.source, model)
+    # The hub's cache has a file when somebody has asked for it: where the weights are, the others are.
+    return snapshot if snapshot is not None and any(snapshot.glob("*.safetensors")) else None
 
 
 def _local_adapter(lora: LoraSettings, model: ModelSettings) -> LoraSettings:

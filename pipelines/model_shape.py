@@ -218,6 +218,13 @@ def weight_index(folder: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def weight_names(folder: Path) -> set[str]:
+    """The names of a checkpoint's tensors; none for one without safetensors. Raises ModelError as `count_parameters`."""
+    if index := weight_index(folder):
+        return {*index["weight_map"]}
+    return {name for path in folder.glob("*.safetensors") for name in _header(path)}
+
+
 def weight_files(sizes: Mapping[str, int], index: Mapping[str, Any] | None) -> list[str]:
     """The safetensors files that count: some repositories hold the same weights twice."""
     if index:

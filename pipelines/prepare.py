@@ -13,7 +13,7 @@ from pipelines.advance import Advance, prompts_of
 from pipelines.answering import unanswered
 from pipelines.attempts import Attempts, History
 from pipelines.code import check_code
-from pipelines.contracts import PROMPT_SCHEMA, Work
+from pipelines.contracts import PROMPT_SCHEMA, Work, carried_columns
 from pipelines.errors import Stopped
 from pipelines.generations import generations_of
 from pipelines.merge import failed_rows
@@ -87,11 +87,11 @@ class Prepare:
 
     def prompted(self, parcel: Parcel, rows: pa.Table, history: History | None = None) -> Parcel:
         """The parcel with `rows`, as reading gives them, and their prompts."""
+        schema = self.work.input_schema
+        # By place, since the input may have columns of these names: after its own come row id, error code and message.
+        carried = [schema.get_field_index(name) for name in carried_columns(schema, self.work.output)]
         prepared = Parcel(
-            shard=parcel.shard,
-            # The last two are reading's error columns; by place, since the input may have columns of these names.
-            rows=rows.select(range(rows.num_columns - 2)),
-            notes=parcel.notes,
+            shard=parcel.shard, rows=rows.select([*carried, rows.num_columns - 3]), notes=parcel.notes
         )
         if self._first_steps is not None:
             prompts = no_prompts(rows)

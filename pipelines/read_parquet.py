@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -33,20 +33,29 @@ class Footer:
     def rows(self) -> int:
         return sum(self.row_groups)
 
-    def data_bytes(self, columns: tuple[str, ...] | None) -> int:
+    def data_bytes(self, columns: Collection[str] | None) -> int:
         """Uncompressed bytes of the given top-level columns, of all when None."""
-        total = 0
+        if columns is None:
+            return sum(
+                self._metadata.row_group(i).total_byte_size for i in range(self._metadata.num_row_groups)
+            )
+        return sum(chunk.total_uncompressed_size for name in columns for chunk in self._chunks(name))
+
+    def values(self, column: str) -> int:
+        """How many values a top-level column has, those of its lists one by one, nulls and empty lists among them."""
+        of_leaf: dict[str, int] = {}
+        for chunk in self._chunks(column):
+            of_leaf[chunk.path_in_schema] = of_leaf.get(chunk.path_in_schema, 0) + chunk.num_values
+        return max(of_leaf.values(), default=0)
+
+    def _chunks(self, column: str) -> Iterator[pq.ColumnChunkMetaData]:
         for i in range(self._metadata.num_row_groups):
             group = self._metadata.row_group(i)
-            if columns is None:
-                total += group.total_byte_size
-                continue
             for j in range(group.num_columns):
                 chunk = group.column(j)
                 path = chunk.path_in_schema
-                if any(path == name or path.startswith(name + ".") for name in columns):
-                    total += chunk.total_uncompressed_size
-        return total
+                if path == column or path.startswith(column + "."):
+                    yield chunk
 
 
 def footer_of(path: str, options: dict[str, Any]) -> Footer:

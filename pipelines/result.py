@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pipelines.answer_columns import Answers, answer_columns, parsed, prompt_tokens
 from pipelines.answer_parsers import Says
 from pipelines.ask_settings import AskStep
-from pipelines.contracts import Work, result_schema, unpack
+from pipelines.contracts import Work, carried_columns, result_schema, unpack
 from pipelines.generations import Generation
 from pipelines.images import digests_of
 from pipelines.messages import conversations
@@ -82,11 +82,10 @@ def build_result(parcel: Parcel, work: Work, says: Says) -> pa.Table:
     prompted = work.prompt is not None
     schema = result_schema(work.input_schema, work.output, work.sampling, prompted=prompted)
     index = generations["row"]
-    carried = work.input_schema.names if work.output.columns == "all" else work.output.columns
-    # By place: the input's columns, then the row id; the input may have a column of that name, to be renamed.
+    # By place: the carried columns, then the row id; the input may have a column of that name, to be renamed.
     columns: dict[str, Any] = {
-        work.output.rename.get(name, name): rows.column(work.input_schema.get_field_index(name)).take(index)
-        for name in carried
+        work.output.rename.get(name, name): rows.column(place).take(index)
+        for place, name in enumerate(carried_columns(work.input_schema, work.output))
     }
     columns |= {
         "row_id": rows.column(rows.num_columns - 1).take(index),

@@ -6,8 +6,8 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -86,23 +86,68 @@ class Density:
     """Unpacked bytes per row."""
     packing: float
     """Unpacked bytes per stored byte of gzip files."""
+    row_images: float
+    """Images per row."""
+    image_share: float
+    """Of the unpacked bytes, those of images."""
 
-    def estimate(self, file: InputFile) -> tuple[int, int]:
-        """(rows, unpacked bytes) of a file."""
+    def estimate(self, file: InputFile) -> InputFile:
+        """The file with a guess at its rows, unpacked bytes and images."""
         data = int(file.size * (self.packing if file.compression == "gzip" else 1.0))
-        return (max(round(data / self.row_bytes), 1) if data else 0), data
+        rows = max(round(data / self.row_bytes), 1) if data else 0
+        return replace(
+            file,
+            estimated_rows=rows,
+            data_bytes=data,
+            images=round(rows * self.row_images),
+            image_bytes=int(data * self.image_share),
+        )
 
 
-def density(files: Sequence[InputFile], settings: InputSettings) -> Density:
-    """From the first `DENSITY_BYTES` of a few of the files (of one format)."""
+def density(
+    files: Sequence[InputFile], settings: InputSettings, images: Collection[str] = frozenset()
+) -> Density:
+    """From the first `DENSITY_BYTES` of a few of the files (of one format), or more where no line ends in them.
+
+    `images`: columns that hold some.
+    """
     rows, size, packing = 0, 0, [1.0]
+    seen, image_bytes = 0, 0
     for file in spread([f for f in files if f.size]):
         sample = head(file, settings, DENSITY_BYTES)
+        if not sample.whole_lines():
+            sample = head(file, settings)
         size += len(sample.data)
         rows += max(len(sample.whole_lines()), 1)  # a CSV record with line breaks counts as several: a guess
         if file.compression == "gzip":
             packing.append(sample.packing)
-    return Density(max(size / max(rows, 1), 1.0), sum(packing[1:]) / len(packing[1:]) if packing[1:] else 4.0)
+        for record in _records(file, sample) if images else ():
+            for value in (record[name] for name in images if record.get(name) is not None):
+                seen += len(value) if isinstance(value, list) else 1
+                image_bytes += len(str(value))
+    return Density(
+        row_bytes=max(size / max(rows, 1), 1.0),
+        packing=sum(packing[1:]) / len(packing[1:]) if packing[1:] else 4.0,
+        row_images=seen / max(rows, 1),
+        image_share=min(image_bytes / max(size, 1), 1.0),
+    )
+
+
+def _records(file: InputFile, sample: Head) -> Iterator[dict[str, Any]]:
+    """What can be read of the sample, row by row."""
+    if file.format == "csv":
+        records = parse(io.BytesIO(sample.data))
+        names = next(records, [])
+        if isinstance(names, list):
+            yield from (dict(zip(names, one, strict=False)) for one in records if isinstance(one, list))
+        return
+    for line in sample.whole_lines():
+        try:
+            found = json.loads(line.decode("utf-8", "surrogateescape"))
+        except (ValueError, RecursionError):
+            continue
+        if type(found) is dict:
+            yield found
 
 
 # ── JSONL ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -103,12 +103,11 @@ class SimulatedEngine:
         samples = [self._sample(prompt, seed, index, limit, sampling) for index in range(sampling.n)]
         tokens = sum(len(sample.token_ids) for sample in samples)
         elapsed_s = await clock.spend(tokens)
-        added = len(prompt) - len(token_ids)
         return Answer(
             samples=samples,
             cached_tokens=0,
             ttft_s=elapsed_s * len(samples) / tokens,
-            image_tokens=added,
+            image_tokens=len(prompt) - len(token_ids),
         )
 
     async def encode(
@@ -116,21 +115,23 @@ class SimulatedEngine:
     ) -> Answer:
         prompt, clock = self._admitted(_seen(token_ids, images), answered=False)
         await clock.spend(len(prompt))
+        added = len(prompt) - len(token_ids)
         key = hashlib.shake_128(task.name.encode() + np.asarray(prompt, np.int64).tobytes())
         if task.name == "classify":
             weights = np.frombuffer(key.digest(len(_LABELS)), np.uint8).astype(np.float32) + 1
             shares = (weights / weights.sum()).astype(np.float32)
-            return Answer.of_values(shares, _LABELS[int(shares.argmax())])
+            return Answer.of_values(shares, _LABELS[int(shares.argmax())], image_tokens=added)
         size = task.dimensions or _DIMENSIONS
         vector = np.frombuffer(key.digest(size), np.uint8).astype(np.float32) - 127.5
         length = 1.0 if task.use_activation is False else np.linalg.norm(vector)
-        return Answer.of_values((vector / length).astype(np.float32))
+        return Answer.of_values((vector / length).astype(np.float32), image_tokens=added)
 
     async def score(self, request_id: str, token_ids: TokenIds, *, images: Sequence[Image] = ()) -> Answer:
         prompt, clock = self._admitted(_seen(token_ids, images))
         await clock.spend(1)
         ids = np.asarray(prompt, np.int64)
-        return Answer.of_values((-0.01 * ((ids[:-1] * 31 + ids[1:]) % 997)).astype(np.float32))
+        logprobs = (-0.01 * ((ids[:-1] * 31 + ids[1:]) % 997)).astype(np.float32)
+        return Answer.of_values(logprobs, image_tokens=len(prompt) - len(token_ids))
 
     def _admitted(self, token_ids: TokenIds, *, answered: bool = True) -> tuple[list[int], _SharedClock]:
         """A prompt that the engine takes, and the time that it will take."""

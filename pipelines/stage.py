@@ -53,7 +53,7 @@ class Parcel:
 
     shard: Shard
     rows: pa.Table | bytes | None = None
-    """The input columns to carry, in input order; bytes (packed) where a stage only passes them on."""
+    """The input columns of the part, then `row_id`, later all records; bytes (packed) where a stage only passes them on."""
     prompts: pa.Table | None = None
     """`contracts.PROMPT_SCHEMA`."""
     generations: pa.Table | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,10 +23,16 @@ Images = dict[int, list[Image]]
 
 
 class Vision:
-    """The images of a job's prompts, as far as its model takes any. `model` None: it takes none."""
+    """The images of a job's prompts, as far as its model takes any. `model` None: it takes none. `folder`: where the model is
+    on this machine, if that is known."""
 
-    def __init__(self, model: ModelSettings | None = None, reader: ImageReader | None = None) -> None:
-        self._model, self._reader = model, reader or ImageReader()
+    def __init__(
+        self,
+        model: ModelSettings | None = None,
+        reader: ImageReader | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self._model, self._reader, self._folder = model, reader or ImageReader(), folder
 
     def check(self, key: str) -> None:
         """Raise SpecError where the job names images, at this key, for a model that takes none."""
@@ -91,7 +98,11 @@ class Vision:
         from transformers.processing_utils import ProcessorMixin
         from transformers.utils import cached_file
 
-        model = local_model(self._model, weights=False)
+        model = (
+            local_model(self._model, weights=False)
+            if self._folder is None
+            else self._model.model_copy(update={"source": str(self._folder), "revision": None})
+        )
         engine = model.engine
         where = {
             "revision": model.revision,

@@ -7,6 +7,8 @@ one placeholder depends on the image's shape, as with the large models.
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.tiny_models import byte_level, small_llama
@@ -71,4 +73,19 @@ def vision_model(folder: Path) -> Path:
     config = AutoConfig.from_pretrained(vision_tokenizer(folder))
     torch.manual_seed(0)
     Idefics3ForConditionalGeneration(config).float().save_pretrained(folder)
+    return folder
+
+
+def vision_classifier(folder: Path, labels: Sequence[str]) -> Path:
+    """The same with a head for these classes, as vLLM's `convert: classify` looks for one: a matrix `score.weight`."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(vision_model(folder) / "model.safetensors")
+    hidden = weights["lm_head.weight"].shape[1]
+    weights["score.weight"] = torch.randn(len(labels), hidden, generator=torch.Generator().manual_seed(0))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    (folder / "config.json").write_text(json.dumps(config | named))
     return folder

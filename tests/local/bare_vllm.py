@@ -2,13 +2,16 @@
 
     python -m tests.local.bare_vllm < request.json > answers.json
 
-The request has `engine` (arguments of `vllm.LLM`), `sampling` (of SamplingParams) and `prompts` (texts, or lists of
-messages, to be rendered by vLLM itself). The answers: per prompt, per sample, text, number of tokens, finish reason.
+The request has `engine` (arguments of `vllm.LLM`), `sampling` (of SamplingParams) and `prompts` (texts, lists of
+messages, to be rendered by vLLM itself, or `{prompt, images}` of a text and files in base64). The answers: per prompt, per
+sample, text, number of tokens, finish reason; with `prompt_logprobs` those of the prompt's tokens behind the first.
 With a `task` (`embed` or `classify`) instead of `sampling`: per prompt the vector, or the probabilities.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import subprocess
@@ -26,9 +29,14 @@ def bare_vllm(
     return answers
 
 
-def bare_pooling(task: str, engine: dict[str, Any], prompts: list[str]) -> list[list[float]]:
-    """What `LLM.embed` or `LLM.classify` says of texts."""
+def bare_pooling(task: str, engine: dict[str, Any], prompts: list[Any]) -> list[list[float]]:
+    """What `LLM.embed` or `LLM.classify` says of texts, or of `seen` ones."""
     return _asked({"engine": {**engine, "runner": "pooling"}, "task": task, "prompts": prompts})
+
+
+def seen(text: str, images: list[bytes]) -> dict[str, Any]:
+    """A prompt with images, for which the model's own placeholders stand in the text."""
+    return {"prompt": text, "images": [base64.b64encode(data).decode() for data in images]}
 
 
 def _asked(request: dict[str, Any]) -> Any:
@@ -58,7 +66,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(**request["engine"])
-    prompts = request["prompts"]
+    prompts = [_decoded(prompt) if isinstance(prompt, dict) else prompt for prompt in request["prompts"]]
     if request.get("task"):
         pooled = {"embed": lambda: [o.outputs.embedding for o in llm.embed(prompts, use_tqdm=False)],
                   "classify": lambda: [o.outputs.probs for o in llm.classify(prompts, use_tqdm=False)]}  # fmt: skip
@@ -66,13 +74,14 @@ def main() -> None:
         return
     seeds = request["seeds"] or [None] * len(prompts)
     params = [SamplingParams(**request["sampling"], seed=seed) for seed in seeds]
-    if isinstance(prompts[0], str):
+    if isinstance(prompts[0], str | dict):
         outputs = llm.generate(prompts, params, use_tqdm=False)
     else:
         outputs = llm.chat(prompts, params, use_tqdm=False)
     answers = [
         {
             "prompt_tokens": len(output.prompt_token_ids),
+            "prompt_logprobs": [next(iter(at.values())).logprob for at in (output.prompt_logprobs or ())[1:]],
             "samples": [
                 {"text": s.text, "tokens": len(s.token_ids), "finish_reason": s.finish_reason}
                 for s in output.outputs
@@ -81,6 +90,13 @@ def main() -> None:
         for output in outputs
     ]
     os.write(real, json.dumps(answers).encode())
+
+
+def _decoded(prompt: dict[str, Any]) -> dict[str, Any]:
+    from PIL import Image
+
+    images = [Image.open(io.BytesIO(base64.b64decode(data))) for data in prompt["images"]]
+    return {"prompt": prompt["prompt"], "multi_modal_data": {"image": images} if images else {}}
 
 
 if __name__ == "__main__":

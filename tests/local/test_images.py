@@ -15,9 +15,9 @@ import pytest
 from jobs import load, run
 from jobs.inspect import verify
 from pipelines.storage import Storage
-from tests.local.bare_vllm import bare_vllm
+from tests.local.bare_vllm import bare_pooling, bare_vllm, seen
 from tests.local.runs import REAL, job, rows_of
-from tests.tiny_vision import image, vision_model
+from tests.tiny_vision import image, vision_classifier, vision_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(400)]
 
@@ -141,3 +141,88 @@ def check_images(
     assert len({row["generated_text"] for row in alike}) == 7
     assert len({row["prompt_sha256"] for row in alike}) == 7
     assert alike[0]["generated_text"] == alike[7]["generated_text"]
+
+
+def finished(
+    folder: Path, source: Path, engine: dict[str, Any], *steps: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Run a job of steps alone over the good rows and a broken one; the good ones, in order.
+
+    The column `placed` has the question behind the model's own placeholders, for prompts without a chat template."""
+    rows = [*GOOD, ("What is it?", [image("teal", (400, 300))[:-60]])]
+    table = {
+        "text": [text for text, _ in rows],
+        "placed": ["<image>" * len(images) + text for text, images in rows],
+        "seen": pa.array([images for _, images in rows], pa.list_(pa.binary())),
+        "number": range(len(rows)),
+    }
+    (folder / "in").mkdir()
+    pq.write_table(pa.table(table), folder / "in" / "rows.parquet")
+    settings = job(
+        folder / "in",
+        folder / "out",
+        model={**REAL, "source": str(source), "engine": engine},
+        prompt=None,
+        shards={"rows": 7},
+        pool={"cpus_per_engine": 1},
+        errors={"max_error_rate": 0.5},
+        steps=[*steps],
+    )
+    report = run(load(settings))
+    assert report.state == "complete"
+    assert verify(Storage(str(folder / "out")), deep=True)["problems"] == []
+    *good, broken = sorted(rows_of(folder / "out").to_pylist(), key=lambda row: row["number"])
+    assert broken["error_code"] == "bad_image"
+    assert [row["error_code"] for row in good] == [None] * len(GOOD)
+    return good
+
+
+PLACED = {"prompt_column": "placed", "images_column": "seen"}
+CHAT = {"prompt_column": "text", "images_column": "seen", "chat": True}
+PROMPTS = [seen("<image>" * len(images) + text, images) for text, images in GOOD]
+CHATS = [
+    seen(f"<|user|>{one['prompt']}<|assistant|>", images)
+    for one, (_, images) in zip(PROMPTS, GOOD, strict=True)
+]
+
+
+def test_images_are_embedded_as_bare_vllm_embeds_them(tmp_path: Path) -> None:
+    source = vision_model(tmp_path / "model")
+    steps = [
+        {"embed": {"column": name, "prompt": prompt}} for name, prompt in (("plain", PLACED), ("chat", CHAT))
+    ]
+    rows = finished(tmp_path, source, ENGINE, *steps)
+    bare = bare_pooling("embed", {"model": str(source), **ENGINE}, [*PROMPTS, *CHATS])
+    for row, plain, chat in zip(rows, bare[: len(GOOD)], bare[len(GOOD) :], strict=True):
+        assert row["plain"] == pytest.approx(plain, abs=1e-5)
+        assert row["chat"] == pytest.approx(chat, abs=1e-5)
+    assert len({tuple(row["plain"]) for row in rows}) == len(GOOD) - 1  # two are the same
+
+
+@pytest.mark.long
+def test_images_are_classified_as_bare_vllm_classifies_them(tmp_path: Path) -> None:
+    labels = ["warm", "cold", "both"]
+    source, engine = vision_classifier(tmp_path / "model", labels), {**ENGINE, "convert": "classify"}
+    step = {"classify": {"column": "kind", "prompt": PLACED, "probabilities": True}}
+    rows = finished(tmp_path, source, engine, step)
+    bare = bare_pooling("classify", {"model": str(source), **engine}, PROMPTS)
+    for row, probabilities in zip(rows, bare, strict=True):
+        assert row["kind_probabilities"] == pytest.approx(probabilities, abs=1e-5)
+        assert row["kind"] == labels[probabilities.index(max(probabilities))]
+    assert len({row["kind"] for row in rows}) > 1
+
+
+@pytest.mark.long
+def test_answers_about_images_are_scored_as_bare_vllm_scores_them(tmp_path: Path) -> None:
+    source = vision_model(tmp_path / "model")
+    step = {"score": {"column": "fit", "prompt": CHAT, "answer": "text"}}
+    rows = finished(tmp_path, source, ENGINE, step)
+    prompts = [{**one, "prompt": one["prompt"] + row["text"]} for one, row in zip(CHATS, rows, strict=True)]
+    bare = bare_vllm(
+        {"model": str(source), **ENGINE}, {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0}, prompts
+    )
+    for row, one in zip(rows, bare, strict=True):
+        answer = one["prompt_logprobs"][-row["fit_tokens"] :]
+        assert row["fit_logprob"] == pytest.approx(sum(answer), rel=1e-4, abs=1e-3)
+    # One answer to one question, about other images but for the first and the last.
+    assert len({round(row["fit_logprob"], 3) for row in rows[:8]}) == 7

@@ -125,3 +125,15 @@ def test_known_limits_shorten_the_end_of_a_run() -> None:
         return run_shards([engine], shards, shards_in_flight=6, learn=True)
 
     assert seconds(rows) < 0.95 * seconds(blind)
+
+
+def test_rows_leave_the_line_whatever_their_prompts_are_taken_for_by_then() -> None:
+    known = lengths(max_tokens=100)
+    images = [1, 0, 2, 1, 0]
+    line = Rows(range(5), lambda row: 10 + images[row] * known.image_tokens, known)
+    left = []
+    while line:
+        left.append(line.first(longest=False))
+        line.take(left[-1])
+        known.learn_images(1, 20)
+    assert left == [0, 1, 2, 3, 4]

@@ -211,6 +211,33 @@ def test_text_is_estimated_from_a_sample(tmp_path: Path) -> None:
     assert packed.data_bytes > 20 * packed.size
 
 
+def test_images_are_told_from_text(tmp_path: Path) -> None:
+    """By columns of lists and structs, of which a third has no image; and in lines longer than the first sample."""
+    data = [bytes([number]) * 3000 for number in range(60)]
+    lists = pa.array(
+        [[], *([one, one] for one in data[1:40]), *([None] for _ in range(20))], pa.list_(pa.binary())
+    )
+    structs = [{"bytes": one, "path": "a.png"} for one in data]
+    table = pa.table({"doc": ["word " * 20] * 60, "lists": lists, "structs": structs})
+    path = parquet(tmp_path / "a.parquet", table, row_group_size=25)
+    for column, images in (("lists", 1 + 2 * 39 + 20), ("structs", 60)):
+        (file,) = list_files(InputSettings(path=path), images=frozenset({column}))
+        assert file.images == images
+        assert 60 * 1900 < file.image_bytes < 75 * 3000
+        (elsewhere,) = list_files(InputSettings(path=path, columns=["doc"]), images=frozenset({column}))
+        assert (elsewhere.images, elsewhere.image_bytes) == (0, 0)
+
+    url = "data:image/png;base64," + "A" * 200_000
+    text(tmp_path / "b.jsonl", lines(*({"doc": "word " * 2000, "seen": [url, url]} for _ in range(8))))
+    (file,) = list_files(InputSettings(path=f"{tmp_path}/b.jsonl"), images=frozenset({"seen"}))
+    assert (file.estimated_rows, file.images) == (8, 16)
+    assert file.data_bytes - file.image_bytes == pytest.approx(8 * 10_000, rel=0.05)
+    text(tmp_path / "c.csv", "doc,seen\n" + f"{'word ' * 20},{'deep/' * 10}a.png\n" * 500)
+    (file,) = list_files(InputSettings(path=f"{tmp_path}/c.csv"), images=frozenset({"seen"}))
+    assert file.images == pytest.approx(500, rel=0.02)
+    assert file.image_bytes == pytest.approx(500 * 55, rel=0.02)
+
+
 def test_known_files_are_not_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = InputSettings(path=str(tmp_path))
     parquet(tmp_path / "a.parquet")

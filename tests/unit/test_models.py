@@ -294,6 +294,23 @@ def test_load_formats_are_read_as_vllm_reads_them() -> None:
     assert streams_weights({"load_format": "RunAI_Streamer"})
 
 
+def test_a_model_is_no_classifier_without_a_head(tmp_path: Path) -> None:
+    def check(**engine: Any) -> None:
+        check_model(ModelSettings(source=str(folder), engine=engine))
+
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    check()
+    check(convert="embed")
+    with pytest.raises(ModelError, match=r"model.engine.convert: .* has no head to classify by: .* `score`"):
+        check(convert="classify")
+    check(convert="classify", hf_overrides={"classifier_from_token": ["no", "yes"]})
+    check(convert="classify", load_format="dummy")
+    header = json.dumps({"score.weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}).encode()
+    (folder / "head.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    check(convert="classify")
+
+
 def test_an_adapter_without_its_safetensors_is_none(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"r": 8}')
     (tmp_path / "other.safetensors").touch()

@@ -19,6 +19,7 @@ from jobs.planning import Plan, extend, load_plan, new_plan, save_plan, summary
 from jobs.segment import decode, encode
 from pipelines.contracts import InputFile, Shard
 from pipelines.errors import InputError, OutputError, OutputLocked, SpecError
+from pipelines.lengths import IMAGE_TOKENS
 from pipelines.storage import Storage
 
 SCHEMA = pa.schema([("doc", pa.large_string()), ("kind", pa.dictionary(pa.int32(), pa.string()))])
@@ -124,6 +125,19 @@ def test_auto_bounds_the_bytes_of_a_shard() -> None:
     shards = cut([parquet("a", 1000, row_bytes=1 << 20)], "", target_tokens=1e12)
     assert max(shard.bytes for shard in shards) <= MAX_BYTES
     assert len(shards) == 8
+
+
+def test_auto_takes_images_for_tokens_whatever_their_bytes() -> None:
+    def seeing(row_bytes: int, images: int = 1) -> list[Shard]:
+        file = parquet("a", 10_000, row_bytes=2000 + row_bytes)
+        file = replace(file, image_bytes=10_000 * row_bytes, images=10_000 * images)
+        return cut([file], "", target_tokens=240_000, output_tokens=500)
+
+    wanted = pytest.approx(240_000 / (2000 / 4 + IMAGE_TOKENS + 500), rel=0.02)
+    assert rows_of(seeing(100_000))[0] == rows_of(seeing(100))[0] == wanted
+    assert rows_of(seeing(100, images=2))[0] == pytest.approx(240_000 / (1000 + 2 * IMAGE_TOKENS), rel=0.02)
+    # What travels as one piece stays bounded, to the row.
+    assert max(shard.bytes for shard in seeing(3 << 20)) <= MAX_BYTES + (3 << 20)
 
 
 def test_a_small_input_feeds_all_engines_but_not_with_crumbs() -> None:
@@ -280,6 +294,14 @@ def test_a_plan_is_saved_once_and_loaded_as_it_was(storage: Storage) -> None:
     before = storage.info(".dray/plan/000000.arrow")
     save_plan(storage, loaded)
     assert storage.info(".dray/plan/000000.arrow") == before
+
+
+def test_a_saved_plan_knows_its_images(storage: Storage) -> None:
+    file = replace(parquet("a", 30), image_bytes=12_345, images=40)
+    assert load_plan(storage) is None
+    save_plan(storage, new_plan([file], SCHEMA, "f"))
+    (found,) = load_plan(storage).files
+    assert (found.image_bytes, found.images) == (12_345, 40)
 
 
 def test_two_drivers_cannot_save_the_same_segment(storage: Storage) -> None:
