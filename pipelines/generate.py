@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pyarrow as pa
 import ray
@@ -39,7 +39,7 @@ from pipelines.merge import is_committed
 from pipelines.metrics import INTERVAL_S, EngineMetrics
 from pipelines.orphans import end_with_parent, end_with_this_process
 from pipelines.policy import check_model_allowed
-from pipelines.shared_answers import shelf_of
+from pipelines.shared_answers import ShelfHere, Shelves
 from pipelines.stage import Failure, Parcel
 from pipelines.stop import StopFlag
 from pipelines.storage import Storage
@@ -67,16 +67,16 @@ class Generate:
         work: Work,
         stop: StopFlag | None = None,
         pool: int = 0,
-        shelf: Any = None,
+        shelf: Shelves | None = None,
         *,
         own_process: bool = False,
     ) -> None:
-        """`pool`: which of `pools_of(work)`. `shelf`: the actor of `shelf_beside_driver`, for a pool of several engines.
+        """`pool`: which of `pools_of(work)`. `shelf`: of a pool of several engines.
         `own_process`: nothing else runs in this process, and what it starts may be killed with it."""
         self._generations = pools_of(work)[pool]
-        numbers, reached = itertools.count(), shelf_of(shelf)
+        numbers, shelf = itertools.count(), shelf or ShelfHere()
         pairs = itertools.pairwise((None, *self._generations))
-        self._asking = [Asking(work, one, before, reached, numbers) for before, one in pairs if one]
+        self._asking = [Asking(work, one, before, shelf, numbers) for before, one in pairs if one]
         self.work = work = self._generations[0].work
         if own_process:
             end_with_parent()

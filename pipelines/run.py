@@ -20,7 +20,7 @@ from pipelines.generations import pools_of
 from pipelines.kept import KeptIn
 from pipelines.part import Footer
 from pipelines.prepare import Prepare
-from pipelines.shared_answers import needs_actor, shelf_beside_driver
+from pipelines.shared_answers import is_shared_by_engines, shelf_beside_driver
 from pipelines.stage import Failure, Parcel
 from pipelines.stop import StopFlag
 
@@ -89,7 +89,7 @@ def stream(
                 compute=_engines(pool[0].work),
                 num_gpus=need.num_gpus or None,
                 num_cpus=need.num_cpus,
-                fn_constructor_args=[work, stop, number, shelf if needs_actor(pool) else None],
+                fn_constructor_args=[work, stop, number, shelf if is_shared_by_engines(pool) else None],
                 **each,
             )
         outcomes = dataset.map_batches(Commit, num_cpus=COMMIT_CPUS, fn_constructor_args=[work], **beside)

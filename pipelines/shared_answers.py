@@ -108,7 +108,7 @@ class ShelfHere:
 
 
 class ShelfThere:
-    """In an actor beside the driver, for the engines of several processes."""
+    """In an actor beside the driver, for the engines of several processes, each of which has its own copy of this."""
 
     pauses = 0.5, 5.0
 
@@ -170,11 +170,11 @@ class ShelfThere:
 
 
 class ShelfActor:
-    """The actor around a shelf."""
+    """A shelf for several processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, shelf: Shelf | None = None) -> None:
         end_with_parent()
-        self._shelf = Shelf()
+        self._shelf = shelf or Shelf()
 
     def claim(self, owner: str, count: int, keys: bytes) -> tuple[dict[int, bytes], list[int]]:
         """`keys`: one after the other, all of one length."""
@@ -193,25 +193,20 @@ class ShelfActor:
         return True
 
 
-def shelf_of(actor: Any) -> Shelves:
-    """As an engine reaches it. `actor`: of `shelf_beside_driver`."""
-    return ShelfHere() if actor is None else ShelfThere(actor)
-
-
 @contextmanager
-def shelf_beside_driver(work: Work) -> Iterator[Any]:
-    """The handle of a `ShelfActor`; None for a job that needs none. The actor ends with the context."""
-    if not any(needs_actor(pool) for pool in pools_of(work)):
+def shelf_beside_driver(work: Work) -> Iterator[ShelfThere | None]:
+    """For the pools of `work` that are `is_shared_by_engines`; None where there is none. Its actor ends with the context."""
+    if not any(is_shared_by_engines(pool) for pool in pools_of(work)):
         yield None
         return
     actor = beside_driver(ShelfActor)
     try:
-        yield actor
+        yield ShelfThere(actor)
     finally:
         with suppress(ray.exceptions.RayError):
             ray.kill(actor)
 
 
-def needs_actor(pool: Sequence[Generation]) -> bool:
-    """Whether the engines of a pool share what one process does not have."""
+def is_shared_by_engines(pool: Sequence[Generation]) -> bool:
+    """Whether several engines are asked for what has one answer."""
     return pool[0].work.pool.most_engines > 1 and any(generation.work.asks_once for generation in pool)
