@@ -33,7 +33,7 @@ async def answer_all(parcel: Parcel, work: Work, answer: Answer) -> tuple[Genera
                 generation = following
                 serving = started if following is pool[0] else started.serving(following.work)
                 parser = checking_parser(following.work)
-                keys = answer_keys(parcel.prompts, following.work)
+                keys = answer_keys(parcel.prompts, following.work) if following.work.asks_once else {}
                 answering = Answering(
                     parcel, following.work, serving, itertools.count(), priority=0, keys=keys, parser=parser
                 )

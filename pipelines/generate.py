@@ -256,9 +256,10 @@ class Generate:
             self._end = asyncio.create_task(self._die(reason))
 
     async def _die(self, reason: str) -> None:
-        """Say so in the records of all shards that the engine had, and end this process."""
-        _log.error("the engine died under %d shards, which are tried again: %s", len(self._in_hand), reason)
+        """Say so in the records of all shards that the engine had, spare those it had not, and end this process."""
         idle = self._idle.copy()
+        held = len(self._in_hand.keys() - idle)
+        _log.error("the engine died under %d shards, which are tried again: %s", held, reason)
         try:
             for shard, attempt in list(self._in_hand.items()):
                 with contextlib.suppress(Exception):  # then it counts as vanished
