@@ -24,7 +24,7 @@ from pipelines.stage import Parcel
 from pipelines.stop import StopFlag
 from tests.local.runs import job
 from tests.unit.stages import planned
-from tests.unit.test_generate import Actor, Flag, deaths_of, errors_of, like_ray, parcel, suspect
+from tests.unit.test_generate import Actor, Flag, attempts_of, deaths_of, errors_of, like_ray, parcel, suspect
 
 pytestmark = pytest.mark.slow
 
@@ -110,21 +110,26 @@ def began(actor: Actor, number: int, prompts: list[list[int] | None]) -> asyncio
     return asyncio.create_task(actor(parcel(number, prompts).to_batch()))
 
 
+def is_asked(actor: Actor, number: int) -> bool:
+    """Whether the engine has the shard."""
+    return key_of(number) in actor._in_hand and key_of(number) not in actor._idle
+
+
 def key_of(number: int) -> str:
     return f"{number:016x}"
 
 
 async def test_a_shard_waits_for_what_another_one_is_at(make_work: MakeWork) -> None:
-    actor = Actor(make_work(tokens_per_s=2000, min_tokens=20, max_tokens=20))
+    actor = Actor(make_work(tokens_per_s=400, min_tokens=20, max_tokens=20))
     first = began(actor, 0, COMMON)
-    await until(lambda: actor._start.done() and actor._start.result().gate.in_flight)
-    second = began(actor, 1, [*COMMON[5:], [11, 11], None])
+    await until(lambda: is_asked(actor, 0))
+    second = began(actor, 1, [*COMMON[5:], None])
     await until(lambda: key_of(1) in actor._idle)
     assert not first.done()
     one, two = await done(first), await done(second)
     assert (one.notes["rows_reused"], two.notes["rows_reused"]) == (0, 15)
     assert errors_of(one) == {}
-    assert errors_of(two) == {16: "missing_value"}
+    assert errors_of(two) == {15: "missing_value"}
     assert one.generations is not None
     assert two.generations is not None
     assert two.generations["token_ids"].to_pylist()[:15] == one.generations["token_ids"].to_pylist()[5:]
@@ -133,13 +138,22 @@ async def test_a_shard_waits_for_what_another_one_is_at(make_work: MakeWork) -> 
 
 
 async def test_a_shard_that_waits_is_spared_when_the_engine_dies(make_work: MakeWork) -> None:
-    work = make_work({"max_attempts": 1, "engine_stall_s": 0.4}, stalls_of=POISON)
-    shards = [parcel(0, [*COMMON, [POISON]]), parcel(1, COMMON)]
+    work = make_work({"max_attempts": 1, "engine_stall_s": 1.0}, stalls_of=POISON)
+    shards = [parcel(0, [[POISON], *COMMON]), parcel(1, COMMON)]
+    actor = Actor(work)
+    calls = [asyncio.create_task(actor(shards[0].to_batch()))]
+    await until(lambda: is_asked(actor, 0))
+    calls.append(asyncio.create_task(actor(shards[1].to_batch())))
+    await until(lambda: key_of(1) in actor._idle)
+    await asyncio.wait_for(actor.gone.wait(), 30)
+    await actor.bury()
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert [attempts_of(work, n) for n in range(2)] == [[None], []]
     found, actors = await like_ray(work, shards)
-    assert [errors_of(found[key_of(n)]) for n in range(2)] == [{20: "engine_crash"}, {}]
+    assert [errors_of(found[key_of(n)]) for n in range(2)] == [{0: "engine_crash"}, {}]
     assert deaths_of(work, 1) == ()
     assert found[key_of(1)].notes["engine_deaths"] == 0
-    assert actors == 4
+    assert actors == 3
 
 
 async def test_another_engine_asks_for_what_a_dead_one_was_at(
@@ -148,8 +162,8 @@ async def test_another_engine_asks_for_what_a_dead_one_was_at(
     work = make_work(stalls_of=POISON)
     handles = [Handle(shelf_actor), Handle(shelf_actor)]
     doomed, other = (Sharing(work, ShelfThere(handle)) for handle in handles)
-    first = began(doomed, 0, [*COMMON, [POISON]])
-    await until(lambda: key_of(0) in doomed._in_hand and key_of(0) not in doomed._idle)
+    first = began(doomed, 0, [[POISON], *COMMON])
+    await until(lambda: is_asked(doomed, 0))
     second = began(other, 1, COMMON)
     await until(lambda: len(handles[1].calls) > 40)
     await asyncio.sleep(0.5)
@@ -189,8 +203,8 @@ async def test_without_a_shelf_all_is_asked(
     work = make_work(stalls_of=POISON)
     handles = [Handle(shelf_actor), Handle(shelf_actor)]
     stalled, other = (Sharing(work, ShelfThere(handle)) for handle in handles)
-    first = began(stalled, 0, [*COMMON, [POISON]])
-    await until(lambda: key_of(0) in stalled._in_hand and key_of(0) not in stalled._idle)
+    first = began(stalled, 0, [[POISON], *COMMON])
+    await until(lambda: is_asked(stalled, 0))
     second, third = began(other, 1, COMMON), began(other, 2, COMMON)
     await until(lambda: len(handles[1].calls) > 10)
     with caplog.at_level(logging.WARNING, "pipelines.shared_answers"):
@@ -198,7 +212,8 @@ async def test_without_a_shelf_all_is_asked(
             handles[1].fails = ray.exceptions.RayActorError()
         else:
             handles[1].process_is_dead = True
-        ended = [await done(second), await done(third)]
+        async with asyncio.timeout(10):
+            ended = [await done(second), await done(third)]
     assert [errors_of(one) for one in ended] == [{}, {}]
     assert [asked(one) for one in ended] == [20, 20]
     assert len([r for r in caplog.records if "shared no more" in r.message]) == 1
