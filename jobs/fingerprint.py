@@ -62,6 +62,8 @@ def identity(job: LoadedJob, folders: Sequence[str] = ()) -> dict[str, Any]:
                 _add(found, (section, key), values[key], job)
     for key, model in job.spec.models.items():
         found |= model_identity(key, model, job)
+    if job.spec.reuse.equal_prompts == "all":  # the others give each row the answer that it would have alone
+        found["reuse.equal_prompts"] = "all"
     if job.spec.steps:
         found["steps"] = [_step_identity(step) for step in job.spec.steps]
     for key, function in job.spec.functions.items():

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Awaitable, Callable
 
 from pipelines.advance import Advance
+from pipelines.answer_keys import answer_keys
 from pipelines.answering import Answering, Started
 from pipelines.contracts import Work
 from pipelines.generations import Generation, engine_of, pools_of
@@ -32,8 +33,9 @@ async def answer_all(parcel: Parcel, work: Work, answer: Answer) -> tuple[Genera
                 generation = following
                 serving = started if following is pool[0] else started.serving(following.work)
                 parser = checking_parser(following.work)
+                keys = answer_keys(parcel.prompts, following.work) if following.work.asks_once else {}
                 answering = Answering(
-                    parcel, following.work, serving, itertools.count(), priority=0, parser=parser
+                    parcel, following.work, serving, itertools.count(), priority=0, keys=keys, parser=parser
                 )
                 parcel = await answer(following, answering)
         finally:

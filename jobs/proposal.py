@@ -235,6 +235,7 @@ def work_of(job: LoadedJob, schema: pa.Schema, *, fingerprint: str, run_id: str)
         input_schema=schema,
         steps=spec.steps,
         reuse=reuse_of(job),
+        equal_prompts=spec.reuse.equal_prompts,
     )
 
 

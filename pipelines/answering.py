@@ -8,30 +8,32 @@ import math
 import os
 import socket
 import time
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.admission import Candidate, Gate, gate_of
 from pipelines.answer_parsers import AnswerParser
-from pipelines.contracts import GENERATION_SCHEMA, Work
+from pipelines.contracts import Work
 from pipelines.engine import Answer, Engine, EngineInfo
 from pipelines.errors import EngineDied, RowError
+from pipelines.generation_table import generation_table
 from pipelines.histogram import Histogram
-from pipelines.images import Image, digests_of, images_of, without_data
-from pipelines.kept import NOTHING, Recalled
+from pipelines.images import Image, images_of, without_data
 from pipelines.lengths import HELD, Lengths, Rows
 from pipelines.seeds import row_seed
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
 from pipelines.shard_stats import Turn
 from pipelines.stage import Parcel
 from pipelines.structured import Structured
+
+#: Takes each row that was asked, and what came of it.
+Tell = Callable[[int, Answer | RowError], None]
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,13 @@ class Answering:
         request_numbers: itertools.count[int],
         priority: int,
         name: str = "",
-        recalled: Recalled = NOTHING,
+        keys: Mapping[int, bytes] = MappingProxyType({}),
+        recalled: Mapping[int, Answer] = MappingProxyType({}),
         parser: AnswerParser | None = None,
     ) -> None:
-        """`priority`: shards of lower ones enter first. `name`: of the generation. `recalled`: answers that are there
-        already. `parser`: `structured.checking_parser` of the generation."""
+        """`priority`: shards of lower ones enter first. `name`: of the generation. `keys`: `answer_keys` of the prompts, where
+        anything asks for them. `recalled`: answers that are there already, by position. `parser`:
+        `structured.checking_parser` of the generation."""
         assert parcel.prompts is not None
         self._parcel, self._prompts = parcel, parcel.prompts
         self._work, self.started = work, started
@@ -85,15 +89,15 @@ class Answering:
             row: images[row] for row in np.flatnonzero(images.is_valid()).tolist()
         }
         """Of the rows that have some, by position."""
-        self.recalled = recalled
-        asked = [row for row in np.flatnonzero(token_ids.is_valid()).tolist() if row not in recalled.answers]
-        self._same = self._repeats(asked) if work.sampling.temperature == 0 else {}
+        self.keys = keys
+        self._reused = set(recalled)
+        """Rows whose answer was there or at somebody else, by position."""
+        asked = [row for row in np.flatnonzero(token_ids.is_valid()).tolist() if row not in recalled]
+        self._same = self._repeats(asked) if keys and work.asks_once else {}
         """Rows whose answer is that of another row, by position."""
         self.answerable = [row for row in asked if row not in self._same]
-        """Positions of the rows that are to be answered: those that have a prompt and no answer, each greedy one once."""
-        self._results: list[Answer | RowError | None] = [
-            *map(recalled.answers.get, range(len(self._prompts)))
-        ]
+        """Positions of the rows that are to be answered: those that have a prompt and no answer, of equal ones the first."""
+        self._results: list[Answer | RowError | None] = [*map(recalled.get, range(len(self._prompts)))]
         self._latencies: list[float] = []
         self._variables = work.prompt.chat_template_kwargs if work.prompt else None
         self._structured = Structured(work.sampling, parser)
@@ -107,25 +111,19 @@ class Answering:
         return ids
 
     def _repeats(self, asked: Sequence[int]) -> dict[int, int]:
-        """Row → the first row with the same prompt, images and limit, for all that are not the first."""
-        first: dict[tuple[bytes, bytes, int | None], int] = {}
-        found = ((row, first.setdefault(self._identity(row), row)) for row in asked)
+        """Row → the first row with the same key, for all that are not the first."""
+        first: dict[bytes, int] = {}
+        found = ((row, first.setdefault(self.keys[row], row)) for row in asked)
         return {row: other for row, other in found if other != row}
 
-    def _identity(self, row: int) -> tuple[bytes, bytes, int | None]:
-        """What a greedy answer depends on."""
-        prompt = self._token_ids[self._ends[row] : self._ends[row + 1]].tobytes()
-        images = digests_of(self._images[row]) if row in self._images else b""
-        return prompt, images, self._max_tokens[row]
-
-    async def run(self, rows: Sequence[int]) -> None:
+    async def run(self, rows: Sequence[int], tell: Tell | None = None) -> None:
         """Answer the prompts at these positions. Raises what is not one row's fault, after aborting the rest."""
         if not rows:
             return
         gate = self.started.gate
         try:
             async with asyncio.TaskGroup() as group:
-                line = _Line(self, rows, group, gate)
+                line = _Line(self, rows, group, gate, tell)
                 gate.enter(self._priority, line)
                 try:
                     await line.begun
@@ -136,17 +134,23 @@ class Answering:
             causes = list(_leaves(errors))
             raise next((e for e in causes if isinstance(e, EngineDied)), causes[0]) from None
 
+    def take(self, row: int, answer: Answer) -> None:
+        """An answerable row that is not run: its answer is there."""
+        self._results[row] = answer
+        self._reused.add(row)
+
     def fail(self, row: int, error: RowError) -> None:
         """A row that is not run."""
         self._results[row] = error
 
     def parcel(self, *, attempt: int, engine_deaths: int) -> Parcel:
-        """The shard with its generations; every answerable row must have been run or failed. Blocks for the table."""
+        """The shard with its generations; every answerable row must have been run, taken or failed. Blocks for the table."""
         ended = time.monotonic()
-        answers = [answer for row in self.answerable if isinstance(answer := self._results[row], Answer)]
+        asked = (row for row in self.answerable if row not in self._reused)
+        answers = [answer for row in asked if isinstance(answer := self._results[row], Answer)]
         for row, other in self._same.items():
             self._results[row] = self._results[other]
-        not_asked = (*self._same, *self.recalled.answers)
+        not_asked = (*self._same, *self._reused)
         reused = [answer for row in not_asked if isinstance(answer := self._results[row], Answer)]
         first = self._first_admitted or ended
         now = time.time()
@@ -166,7 +170,7 @@ class Answering:
             shard=self._parcel.shard,
             rows=self._parcel.rows,
             prompts=self._answered_prompts(),
-            generations=_generation_table(self._prompts, self._results),
+            generations=generation_table(self._prompts, self._results),
             notes=self._parcel.notes,
         ).noting(
             attempt=attempt,
@@ -207,21 +211,24 @@ class Answering:
         """The row's own, where it has one."""
         return self._max_tokens[row]
 
-    async def answer(self, row: int) -> None:
+    async def answer(self, row: int, tell: Tell | None) -> None:
         """One row that has entered the engine."""
         began = time.monotonic()
         self._first_admitted = self._first_admitted or began
+        result: Answer | RowError
         try:
-            answer = await self._structured.answer(partial(self._ask, row))
+            result = answer = await self._structured.answer(partial(self._ask, row))
         except RowError as error:
-            self._results[row] = error
+            result = error
         else:
-            self._results[row] = answer
             self._latencies.append(time.monotonic() - began)
             if row in self._images:
                 self.started.lengths.learn_images(len(self._images[row]), answer.image_tokens)
             tokens = sum(len(sample.token_ids) for sample in answer.samples)
             self.started.lengths.learn(self.prompt_tokens(row), tokens, self._max_tokens[row])
+        self._results[row] = result
+        if tell is not None:
+            tell(row, result)
 
     async def _ask(self, row: int, number: int, cut: bool) -> Answer:
         """One try at a row; see `structured.Ask`. Raises RowError, and EngineDied where the engine is silent."""
@@ -254,9 +261,14 @@ class _Line:
     """`pipelines.admission.Line` of the rows of one `run`."""
 
     def __init__(
-        self, answering: Answering, rows: Iterable[int], group: asyncio.TaskGroup, gate: Gate
+        self,
+        answering: Answering,
+        rows: Iterable[int],
+        group: asyncio.TaskGroup,
+        gate: Gate,
+        tell: Tell | None,
     ) -> None:
-        self._answering, self._group, self._gate = answering, group, gate
+        self._answering, self._group, self._gate, self._tell = answering, group, gate, tell
         self._lengths = answering.started.lengths
         self._waiting = Rows(rows, answering.prompt_tokens, self._lengths, answering.max_tokens)
         self._first = -1
@@ -275,7 +287,7 @@ class _Line:
     def start(self, kv_tokens: int) -> None:
         self._waiting.take(self._first)
         # A callback, not a `finally`: a task that is cancelled before its first step never runs one.
-        task = self._group.create_task(self._answering.answer(self._first))
+        task = self._group.create_task(self._answering.answer(self._first, self._tell))
         task.add_done_callback(partial(self._ended, kv_tokens))
         if not self._waiting and not self.begun.done():
             self.begun.set_result(None)
@@ -304,54 +316,3 @@ def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:
             yield from _leaves(error)
         else:
             yield error
-
-
-def unanswered(prompts: pa.Table) -> pa.Table:
-    """`GENERATION_SCHEMA` for prompts that no engine is asked: one row each, with its error if it has one."""
-    return _generation_table(prompts, [None] * len(prompts))
-
-
-def _generation_table(prompts: pa.Table, results: Sequence[Answer | RowError | None]) -> pa.Table:
-    """`GENERATION_SCHEMA`: one row per sample, or one row with the error of a prompt that got none."""
-    codes, messages = prompts["error_code"].to_pylist(), prompts["error_message"].to_pylist()
-    rows: list[tuple[Any, ...]] = []
-    token_ids: list[array[int] | None] = []
-    values: list[npt.NDArray[np.float32] | None] = []
-    for row, result in enumerate(results):
-        if isinstance(result, Answer):
-            for index, sample in enumerate(result.samples):
-                token_ids.append(sample.token_ids)
-                values.append(sample.values)
-                rows.append(
-                    (
-                        row,
-                        index,
-                        sample.text,
-                        sample.finish_reason,
-                        result.cached_tokens,
-                        result.image_tokens,
-                        sample.logprobs,
-                        None,
-                        None,
-                    )
-                )
-        else:
-            code, message = (
-                (result.code, str(result)) if isinstance(result, RowError) else (codes[row], messages[row])
-            )
-            token_ids.append(None)
-            values.append(None)
-            rows.append((row, 0, None, None, None, None, None, code, message))
-    lists = {"token_ids": _lists(token_ids, np.int32), "values": _lists(values, np.float32)}
-    names = [name for name in GENERATION_SCHEMA.names if name not in lists]
-    columns: dict[str, Any] = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else {}
-    columns = {name: columns.get(name, ()) for name in names} | lists
-    return pa.table({name: columns[name] for name in GENERATION_SCHEMA.names}, schema=GENERATION_SCHEMA)
-
-
-def _lists(rows: Sequence[array[int] | npt.NDArray[Any] | None], type_: type[np.generic]) -> pa.ListArray:
-    """Arrays of C ints or floats as one Arrow array, without a Python object per number."""
-    ends = np.cumsum([0, *(0 if row is None else len(row) for row in rows)], dtype=np.int32)
-    values = np.frombuffer(b"".join(row.tobytes() for row in rows if row is not None), type_)
-    missing = pa.array([row is None for row in rows], pa.bool_())
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values), mask=missing)

@@ -215,6 +215,10 @@ class Attempts:
         name = self._name(shard_id, attempt.number).removesuffix(".json") + ".died.json"
         self._storage.create(name, json.dumps(verdict).encode())
 
+    def withdraw(self, shard_id: str, attempt: Attempt) -> None:
+        """Forget an attempt that was at nothing when the engine died."""
+        self._storage.delete(self._name(shard_id, attempt.number))
+
     def _attempt(self, number: int, pass_: int, rows: Sequence[str] | None) -> Attempt:
         return Attempt(
             number=number,

@@ -164,8 +164,17 @@ class Work:
     """What the model is asked to do; of one of the job's generations (`pipelines.generations`)."""
     reuse: Reuse | None = None
     """Set: answers are kept, or looked for among those kept before."""
+    equal_prompts: Literal["greedy", "all", "none"] = "greedy"
+    """See `settings.ReuseSettings`."""
     retry: Retry | None = None
     """Set: only failed rows are run, and their results are merged into the parts that stand."""
+
+    @property
+    def asks_once(self) -> bool:
+        """Whether rows with equal prompts have one answer, asked for once; of one generation."""
+        return self.equal_prompts == "all" or (
+            self.equal_prompts == "greedy" and self.sampling.temperature == 0
+        )
 
     def attempts_key(self, shard: Shard) -> str:
         """Where `pipelines.attempts` records this work's attempts at a shard: each retry's apart from the first run's.

@@ -18,32 +18,31 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import NoReturn
 
 import pyarrow as pa
 import ray
 import ray.exceptions
 
-from pipelines.advance import Advance
-from pipelines.answer_parsers import AnswerParser
-from pipelines.answering import Answering, Started, replica_name
+from pipelines.answering import Started, replica_name
+from pipelines.asking import Asking
 from pipelines.attempts import Attempt, Attempts, History, clear_attempts
 from pipelines.code import check_code
 from pipelines.contracts import Work
 from pipelines.errors import EngineDied, EngineStartError, RowError, Stopped
-from pipelines.generations import Generation, engine_of, pools_of
-from pipelines.kept import NOTHING, KeptAnswers
+from pipelines.generations import engine_of, pools_of
 from pipelines.merge import is_committed
 from pipelines.metrics import INTERVAL_S, EngineMetrics
 from pipelines.orphans import end_with_parent, end_with_this_process
 from pipelines.policy import check_model_allowed
+from pipelines.shared_answers import ShelfHere, Shelves
 from pipelines.stage import Failure, Parcel
 from pipelines.stop import StopFlag
 from pipelines.storage import Storage
-from pipelines.structured import checking_parser
 from pipelines.tokenizer import do_without_torch
 from pipelines.turns import Turns
 
@@ -64,13 +63,21 @@ class Generate:
     """
 
     def __init__(
-        self, work: Work, stop: StopFlag | None = None, pool: int = 0, *, own_process: bool = False
+        self,
+        work: Work,
+        stop: StopFlag | None = None,
+        pool: int = 0,
+        shelf: Shelves | None = None,
+        *,
+        own_process: bool = False,
     ) -> None:
-        """`pool`: which of `pools_of(work)`. `own_process`: nothing else runs in this process, and what it starts may be
-        killed with it."""
+        """`pool`: which of `pools_of(work)`. `shelf`: of a pool of several engines.
+        `own_process`: nothing else runs in this process, and what it starts may be killed with it."""
         self._generations = pools_of(work)[pool]
-        self._advances = [Advance(*pair) for pair in itertools.pairwise(self._generations)]
-        whole, self.work = work, (work := self._generations[0].work)
+        numbers, shelf = itertools.count(), shelf or ShelfHere()
+        pairs = itertools.pairwise((None, *self._generations))
+        self._asking = [Asking(work, one, before, shelf, numbers) for before, one in pairs if one]
+        self.work = work = self._generations[0].work
         if own_process:
             end_with_parent()
         if work.model.backend == "simulated":
@@ -80,25 +87,16 @@ class Generate:
             end_with_this_process()
         self.storage = Storage(work.output.path, work.output.storage_options)
         self.attempts = Attempts(self.storage, f"generate-{pool}" if pool else "generate", work.run_id)
-        self._kept = (
-            {}
-            if work.reuse is None or work.retry
-            else {generation.index: KeptAnswers(whole, generation) for generation in self._generations}
-        )
-        """By the generation's index."""
         self._stop = stop
         self._stopping = False
-        self._parsers: dict[int, AnswerParser | None] = {}
-        """`structured.checking_parser` of each generation, by its index."""
-        self._serving: dict[int, Started] = {}
-        """The engine as each generation but the first sees it, by its index."""
         self._turns = Turns()
         self._arrivals = itertools.count()
-        self._request_numbers = itertools.count()
         self._calls: dict[asyncio.Future[Parcel], str] = {}
         """Shards that are here: their work, and the key of their attempts."""
         self._in_hand: dict[str, Attempt] = {}
-        """Shards that the engine has: the key of their attempts, and the latest record."""
+        """Shards that are being answered: the key of their attempts, and the latest record."""
+        self._idle: set[str] = set()
+        """Those of them of which the engine has nothing."""
         self._metrics = EngineMetrics(work.job, replica_name())
         self._end: asyncio.Task[None] | None = None
         """Under way once the engine is dead."""
@@ -157,19 +155,19 @@ class Generate:
     async def _whole(self, parcel: Parcel, arrival: int, attempt: Attempt, deaths: int) -> Parcel:
         shard = self.work.attempts_key(parcel.shard)
         deaths += parcel.notes.get("engine_deaths", 0)  # of the pools before
-        for generation in self._generations:
-            answering = await self._answering(parcel, generation, arrival)
+        for asking in self._asking:
+            answering = await asking.of(parcel, await self._started(), arrival)
             async with self._holding(shard, attempt):
-                await answering.run(answering.answerable)
-            parcel = await asyncio.to_thread(self._answered, answering, generation, attempt.number, deaths)
+                await asking.run(shard, answering, partial(self._idling, shard))
+            parcel = await asyncio.to_thread(asking.answered, answering, attempt.number, deaths)
         return parcel
 
     async def _in_groups(self, parcel: Parcel, arrival: int, history: History) -> Parcel:
         """A suspect's rows, few at a time and written down before, so that a death tells whose it was."""
         shard, number = self.work.attempts_key(parcel.shard), history.latest
         deaths = len(history.deaths) + parcel.notes.get("engine_deaths", 0)
-        for generation in self._generations:
-            answering = await self._answering(parcel, generation, arrival)
+        for asking in self._asking:
+            answering = await asking.of(parcel, await self._started(), arrival)
             ids = answering.row_ids
             for row in answering.answerable:
                 if ids[row] in history.condemned:
@@ -183,44 +181,12 @@ class Generate:
                 number = attempt.number
                 async with self._holding(shard, attempt):
                     await answering.run(rows)
-            parcel = await asyncio.to_thread(self._answered, answering, generation, number, deaths)
+            parcel = await asyncio.to_thread(asking.answered, answering, number, deaths)
         return parcel
-
-    def _answered(self, answering: Answering, generation: Generation, attempt: int, deaths: int) -> Parcel:
-        """The shard with the generation's answers, which are kept where the job says so."""
-        parcel = answering.parcel(attempt=attempt, engine_deaths=deaths)
-        if kept := self._kept.get(generation.index):
-            kept.keep(parcel, answering.recalled.keys)
-        return parcel
-
-    async def _answering(self, parcel: Parcel, generation: Generation, arrival: int) -> Answering:
-        """The shard's requests of one generation; `parcel` comes from the generation before."""
-        started = await self._started()
-        first = self._generations[0]
-        if generation is not first:
-            advance = self._advances[generation.index - first.index - 1]
-            parcel = await asyncio.to_thread(advance, parcel)
-            if generation.index not in self._serving:
-                self._serving[generation.index] = started.serving(generation.work)
-            started = self._serving[generation.index]
-        kept = self._kept.get(generation.index)
-        recalled = await asyncio.to_thread(kept.recall, parcel) if kept else NOTHING
-        if generation.index not in self._parsers:
-            self._parsers[generation.index] = await asyncio.to_thread(checking_parser, generation.work)
-        return Answering(
-            parcel,
-            generation.work,
-            started,
-            self._request_numbers,
-            arrival,
-            generation.name,
-            recalled,
-            self._parsers[generation.index],
-        )
 
     @asynccontextmanager
     async def _holding(self, shard: str, attempt: Attempt) -> AsyncIterator[None]:
-        """While the engine has the shard. Where the engine dies it stays in hand: `_die` tells of it."""
+        """While the shard is being answered. Where the engine dies it stays in hand: `_die` tells of it."""
         self._in_hand[shard] = attempt
         try:
             yield
@@ -232,6 +198,15 @@ class Generate:
             del self._in_hand[shard]
             raise
         del self._in_hand[shard]
+
+    @contextmanager
+    def _idling(self, shard: str) -> Iterator[None]:
+        """While the engine has nothing of a shard in hand: what it dies of then is not of this one."""
+        self._idle.add(shard)
+        try:
+            yield
+        finally:
+            self._idle.discard(shard)
 
     # ── the engine's life ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -281,12 +256,17 @@ class Generate:
             self._end = asyncio.create_task(self._die(reason))
 
     async def _die(self, reason: str) -> None:
-        """Say so in the records of all shards that the engine had, and end this process."""
-        _log.error("the engine died under %d shards, which are tried again: %s", len(self._in_hand), reason)
+        """Say so in the records of all shards that the engine had, spare those it had not, and end this process."""
+        idle = self._idle.copy()
+        held = len(self._in_hand.keys() - idle)
+        _log.error("the engine died under %d shards, which are tried again: %s", held, reason)
         try:
             for shard, attempt in list(self._in_hand.items()):
                 with contextlib.suppress(Exception):  # then it counts as vanished
-                    await asyncio.to_thread(self.attempts.died, shard, attempt, reason)
+                    if shard in idle:
+                        await asyncio.to_thread(self.attempts.withdraw, shard, attempt)
+                    else:
+                        await asyncio.to_thread(self.attempts.died, shard, attempt, reason)
             await asyncio.to_thread(self._start.result().engine.kill)
         finally:
             self.leave()

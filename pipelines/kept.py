@@ -3,30 +3,27 @@
     .dray/answers/<digest>-<k>/<part name>      all answers of one generation to one shard
 
 `digest` stands for the model and the sampling settings, `k` counts the generations of a job that share them. Within a file
-an answer has the key of its request: the prompt's tokens and images, the row's own token limit, and, unless decoding is greedy, the
-row, so that two rows with one prompt keep their two answers. Steps, and how the prompt came about, are in no key: who
-edits a later step finds what the earlier ones asked. Files can be deleted at any time.
+an answer has the key of its request (`pipelines.answer_keys`). Steps, and how the prompt came about, are in no key: who edits a
+later step finds what the earlier ones asked. Files can be deleted at any time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import logging
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.answer_keys import KEY_BYTES
 from pipelines.contracts import GENERATION_SCHEMA, Work
 from pipelines.engine import Answer, Sample
 from pipelines.generations import Generation, generations_of
-from pipelines.images import digests_of
 from pipelines.stage import Parcel
 from pipelines.storage import Storage
 
@@ -35,22 +32,8 @@ _log = logging.getLogger(__name__)
 #: Shard id → (index of the source in `contracts.Reuse.sources`, name of a part of it), for parts that may hold answers to it.
 KeptIn = Mapping[str, Sequence[tuple[int, str]]]
 
-_KEY_BYTES = 16
 _ANSWER = [field for field in GENERATION_SCHEMA if field.name not in ("row", "error_code", "error_message")]
-KEPT_SCHEMA = pa.schema([pa.field("key", pa.binary(_KEY_BYTES), nullable=False), *_ANSWER])
-
-
-@dataclass(frozen=True)
-class Recalled:
-    """What one generation of a shard finds kept."""
-
-    keys: Mapping[int, bytes] = field(default_factory=dict)
-    """Position of a prompt → the key of its answer, for all rows that have a prompt."""
-    answers: Mapping[int, Answer] = field(default_factory=dict)
-    """Position of a prompt → its kept answer, for all that have one."""
-
-
-NOTHING = Recalled()
+KEPT_SCHEMA = pa.schema([pa.field("key", pa.binary(KEY_BYTES), nullable=False), *_ANSWER])
 
 
 class KeptAnswers:
@@ -66,11 +49,10 @@ class KeptAnswers:
         self._digest = digests[generation.index]
         before = [digest for index, digest in digests.items() if index < generation.index]
         self._k = before.count(self._digest)
-        self._greedy = generation.work.sampling.temperature == 0
 
-    def recall(self, parcel: Parcel) -> Recalled:
-        """Blocks."""
-        keys = dict(self._keys(parcel.prompts))
+    def recall(self, parcel: Parcel, keys: Mapping[int, bytes]) -> dict[int, Answer]:
+        """The answers that one generation of a shard finds kept, by the positions of its rows. `keys`: `answer_keys` of its
+        prompts. Blocks."""
         wanted: dict[bytes, list[int]] = {}
         for row, key in keys.items():
             wanted.setdefault(key, []).append(row)
@@ -82,10 +64,10 @@ class KeptAnswers:
                     break
                 for key, answer in _answers(kept, wanted.keys()):
                     found.update(dict.fromkeys(wanted.pop(key, ()), answer))
-        return Recalled(keys, found)
+        return found
 
     def keep(self, parcel: Parcel, keys: Mapping[int, bytes]) -> None:
-        """Write the shard's answers of this generation, by the keys that `recall` gave. Blocks."""
+        """Write the shard's answers of this generation, by the keys that `recall` was given. Blocks."""
         if not self._keep:
             return
         assert parcel.generations is not None
@@ -102,19 +84,6 @@ class KeptAnswers:
             yield self._own, parcel.shard.part_name
         for source, part in parcel.notes.get("kept_in", ()):
             yield self._sources[source], part
-
-    def _keys(self, prompts: pa.Table | None) -> Iterator[tuple[int, bytes]]:
-        """(position, key) of each row that has a prompt."""
-        assert prompts is not None
-        columns = (prompts[name].to_pylist() for name in ("row_id", "max_tokens"))
-        asked = zip(*columns, prompts["token_ids"], prompts["images"], strict=True)
-        for row, (row_id, limit, ids, images) in enumerate(asked):
-            if ids.is_valid:
-                whose = "" if self._greedy else row_id
-                digest = hashlib.blake2b(f"{limit}\0{whose}\0".encode(), digest_size=_KEY_BYTES)
-                digest.update(ids.values.to_numpy().tobytes())
-                digest.update(digests_of(images))
-                yield row, digest.digest()
 
 
 def _folder(digest: str, k: int) -> str:
@@ -135,7 +104,7 @@ def _read(storage: Storage, name: str) -> pa.Table | None:
 
 def _answers(kept: pa.Table, wanted: Iterable[bytes]) -> Iterator[tuple[bytes, Answer]]:
     """The answers with these keys; a file has the samples of one answer together, in their order from 0, and an answer for
-    each of equal greedy prompts."""
+    each of equal prompts."""
     keys = pa.array(list(wanted), kept.schema.field("key").type)
     rows = kept.filter(pc.is_in(kept["key"], value_set=keys)).to_pylist()
     answers = itertools.accumulate(row["sample_index"] == 0 for row in rows)

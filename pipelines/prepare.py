@@ -10,11 +10,11 @@ from functools import cached_property
 import pyarrow as pa
 
 from pipelines.advance import Advance, prompts_of
-from pipelines.answering import unanswered
 from pipelines.attempts import Attempts, History
 from pipelines.code import check_code
 from pipelines.contracts import PROMPT_SCHEMA, Work, carried_columns
 from pipelines.errors import Stopped
+from pipelines.generation_table import unanswered
 from pipelines.generations import generations_of
 from pipelines.merge import failed_rows
 from pipelines.orphans import end_with_parent

@@ -20,6 +20,7 @@ from pipelines.generations import pools_of
 from pipelines.kept import KeptIn
 from pipelines.part import Footer
 from pipelines.prepare import Prepare
+from pipelines.shared_answers import is_shared_by_engines, shelf_beside_driver
 from pipelines.stage import Failure, Parcel
 from pipelines.stop import StopFlag
 
@@ -77,26 +78,27 @@ def stream(
     }
     beside: dict[str, Any] = {**each, "compute": _beside(work)}
     dataset = dataset.map_batches(Prepare, num_cpus=PREPARE_CPUS, fn_constructor_args=[work, stop], **beside)
-    for number, (pool, need) in enumerate(zip(pools_of(work), resources, strict=True)):
-        if number:
+    with shelf_beside_driver(work) as shelf:
+        for number, (pool, need) in enumerate(zip(pools_of(work), resources, strict=True)):
+            if number:
+                dataset = dataset.map_batches(
+                    Between, num_cpus=COMMIT_CPUS, fn_constructor_args=[work, number], **beside
+                )
             dataset = dataset.map_batches(
-                Between, num_cpus=COMMIT_CPUS, fn_constructor_args=[work, number], **beside
+                Generate,
+                compute=_engines(pool[0].work),
+                num_gpus=need.num_gpus or None,
+                num_cpus=need.num_cpus,
+                fn_constructor_args=[work, stop, number, shelf if is_shared_by_engines(pool) else None],
+                **each,
             )
-        dataset = dataset.map_batches(
-            Generate,
-            compute=_engines(pool[0].work),
-            num_gpus=need.num_gpus or None,
-            num_cpus=need.num_cpus,
-            fn_constructor_args=[work, stop, number],
-            **each,
-        )
-    outcomes = dataset.map_batches(Commit, num_cpus=COMMIT_CPUS, fn_constructor_args=[work], **beside)
-    for row in outcomes.iter_rows():
-        yield Outcome(
-            shard_id=row["shard"],
-            footer=Footer.from_json(row["footer"], row["shard"]) if row["footer"] else None,
-            failure=Failure(**json.loads(row["failure"])) if row["failure"] else None,
-        )
+        outcomes = dataset.map_batches(Commit, num_cpus=COMMIT_CPUS, fn_constructor_args=[work], **beside)
+        for row in outcomes.iter_rows():
+            yield Outcome(
+                shard_id=row["shard"],
+                footer=Footer.from_json(row["footer"], row["shard"]) if row["footer"] else None,
+                failure=Failure(**json.loads(row["failure"])) if row["failure"] else None,
+            )
 
 
 #: Commits must find a place while reads are waiting, or prepared shards fill the object store.

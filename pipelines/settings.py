@@ -400,6 +400,10 @@ class ShardSettings(Settings):
 class ReuseSettings(Settings):
     """Answers that need not be asked for again."""
 
+    equal_prompts: Literal["greedy", "all", "none"] = "greedy"
+    """Prompts of a job that are asked once if equal (tokens, images, own `max_tokens`), in each generation: `greedy` those with
+    `temperature: 0`, and all of `embed`, `classify` and `score`; `all` sampled ones too, whose rows then have the same n answers,
+    whatever their seeds; `none` asks for each row."""
     outputs: tuple[Text, ...] = ()
     """Outputs of earlier jobs whose kept answers are taken over: to a prompt of the same tokens, by the same model and
     `sampling`; without `temperature: 0` only for the same row. They are read with `output.storage_options`."""

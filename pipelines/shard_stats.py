@@ -50,8 +50,8 @@ class ShardStats:
     commit_s: float = 0.0
     preemptions: int = 0
     rows_reused: int = 0
-    """Prompts that were not asked: greedy ones that another row of the shard has as well, and those with an answer kept
-    before (`reuse`). All generations together."""
+    """Prompts that were not asked: those that another row of the job has as well (`reuse.equal_prompts`), and those with an
+    answer kept before. All generations together."""
     tokens_reused: int = 0
     """Output tokens of their answers, which count in `completion_tokens` and were not generated."""
     repairs: int = 0

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
 
 import ray
 import ray.exceptions
 
+from pipelines.driver_actor import beside_driver
 from pipelines.orphans import end_with_parent
 
 #: Seconds to wait for the actor's word. It is gone only with the driver's own node.
@@ -44,13 +44,8 @@ class StopFlag:
     """Made by the driver, passed to the stages' actors."""
 
     def __init__(self) -> None:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         # An actor's calls queue behind its pool's threads; `wait` holds one place for each engine.
-        self._flag: Any = (
-            ray.remote(_Flag).options(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here).remote()
-        )
+        self._flag = beside_driver(_Flag, max_concurrency=10_000)
 
     def set(self, grace_s: float) -> None:
         """Ask all stages to stop. Does not wait for them."""

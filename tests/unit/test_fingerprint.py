@@ -56,6 +56,8 @@ def test_it_is_pinned() -> None:
         "model.engine.hf_token=secret",
         "sampling.top_p=1.0",
         "sampling.temperature=5e-1",
+        "reuse.equal_prompts=greedy",
+        "reuse.equal_prompts=none",
     ],
 )
 def test_what_does_not_change_it(override: str) -> None:
@@ -93,6 +95,7 @@ def test_what_does_not_change_it(override: str) -> None:
         "output.columns=[a]",
         "output.rename.a=c",
         "output.failed_rows=separate",
+        "reuse.equal_prompts=all",
     ],
 )
 def test_what_changes_it(override: str) -> None:

@@ -145,6 +145,18 @@ def test_rows_with_one_prompt_keep_their_own_answers(tmp_path: Path) -> None:
     assert content(again) == content(first)
 
 
+def test_answers_that_rows_share_are_taken_over_by_jobs_whose_rows_share_them(tmp_path: Path) -> None:
+    questions(tmp_path / "in", ["the same", "another"] * 5)
+    reuse: dict[str, Any] = {"keep": True, "equal_prompts": "all"}
+    first = answered(tmp_path, "first", sampling=SAMPLED, reuse=reuse)
+    reuse["outputs"] = [str(tmp_path / "first")]
+    again = answered(tmp_path, "again", sampling=SAMPLED, reuse=reuse)
+    assert (stats_of(first).latency_s.count, stats_of(again).latency_s.count) == (2, 0)
+    assert content(again) == content(first)
+    own = answered(tmp_path, "own", "first", sampling=SAMPLED)
+    assert stats_of(own).latency_s.count == 10
+
+
 def test_a_rows_own_limit_is_part_of_its_request(tmp_path: Path) -> None:
     source, sampling = tmp_path / "in", {**GREEDY, "max_tokens_column": "limit"}
     source.mkdir()
