@@ -115,6 +115,9 @@ class SimulatedLine:
         self._waiting.take(row)
         self._engine.submit(self._requests[row], self)
 
+    def fail(self, error: Exception) -> None:
+        raise error
+
     def ended(self, request: Request) -> None:
         self._left -= 1
         if self._lengths:

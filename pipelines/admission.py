@@ -46,6 +46,9 @@ class Line(Protocol):
     def start(self, kv_tokens: int) -> None:
         """Begin the one that `peek` gave last, with `kv_tokens`. When it ends, `Gate.leave(kv_tokens)` is due."""
 
+    def fail(self, error: Exception) -> None:
+        """Nothing enters any more; `withdraw` is due."""
+
 
 @dataclass
 class Gate:
@@ -90,7 +93,11 @@ class Gate:
         """A request has been answered, has failed or was cancelled; `kv_tokens` as it was started with."""
         self.load.in_flight -= 1
         self.load.kv_tokens -= kv_tokens
-        self._admit()
+        try:
+            self._admit()
+        except Exception as error:  # noqa: BLE001 - a mistake of ours, which an event loop would only log
+            for _, _, line in [*self._lines]:
+                line.fail(error)
 
     def _admit(self) -> None:
         load = self.load

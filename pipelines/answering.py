@@ -292,6 +292,10 @@ class _Line:
         if not self._waiting and not self.begun.done():
             self.begun.set_result(None)
 
+    def fail(self, error: Exception) -> None:
+        if not self.begun.done():
+            self.begun.set_exception(error)
+
     def _ended(self, kv_tokens: int, task: asyncio.Task[None]) -> None:
         if task.cancelled() or task.exception() is not None:
             self._gate.withdraw(self)  # the group takes no new ones

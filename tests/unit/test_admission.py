@@ -35,6 +35,9 @@ class Requests:
         assert self.waiting.popleft() == kv_tokens
         self.running.append(kv_tokens)
 
+    def fail(self, error: Exception) -> None:
+        raise error
+
 
 def room(policy: AdmissionPolicy, in_flight: int) -> int:
     """How many it lets in, with a crowd waiting."""

@@ -16,6 +16,7 @@ from pipelines.answering import Answering, Started
 from pipelines.contracts import GENERATION_SCHEMA, PROMPT_SCHEMA, Shard, Work
 from pipelines.engine import Engine, open_engine
 from pipelines.errors import EngineDied
+from pipelines.lengths import Lengths
 from pipelines.settings import ErrorSettings, ModelSettings, PoolSettings, SamplingSettings
 from pipelines.stage import Parcel
 from pipelines.task import GENERATE
@@ -126,4 +127,25 @@ async def test_an_engine_that_dies_fails_every_shard_and_leaves_nothing_behind(t
     async with asyncio.timeout(20):
         ends = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(end) for end in ends] == [EngineDied, EngineDied]
+    assert started.gate.load == Load()
+
+
+async def test_a_mistake_before_the_gate_fails_those_who_wait_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes up where a request ends, in a callback that nobody waits for."""
+    job = work(tmp_path, tokens_per_s=1000)
+    _, started = await started_for(job)
+    waiting = [answering(job, started, [[5 + i] for i in range(30)]) for _ in range(2)]
+    calls = [asyncio.ensure_future(a.run(a.answerable)) for a in waiting]
+    await asyncio.sleep(0)
+
+    def wrong(*_: Any) -> float:
+        raise KeyError("a class that nobody knows")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Lengths, "predict", wrong)
+        async with asyncio.timeout(20):
+            ends = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(end) for end in ends] == [KeyError, KeyError]
     assert started.gate.load == Load()
