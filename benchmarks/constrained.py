@@ -20,13 +20,12 @@ from typing import Any
 import jsonschema
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import child
-from benchmarks.machine import ROOT, machine
+from benchmarks.machine import machine
 from benchmarks.measuring import markdown
+from benchmarks.tiny_job import TinyJob, run, write_questions
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -38,6 +37,7 @@ SCHEMA: dict[str, Any] = {
     "required": ["kind", "task", "level"],
     "additionalProperties": False,
 }
+SAMPLED = {"temperature": 1.0, "seed": 0}
 
 
 def main() -> int:
@@ -46,17 +46,18 @@ def main() -> int:
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     questions = [f"What is {n} plus {n % 7}?" for n in range(args.rows)]
-    pq.write_table(pa.table({"question": questions}), args.out / "rows.parquet")
+    write_questions(args.out, questions)
     rates: dict[str, list[float]] = {"free": [], "by schema": []}
     valid, length = 0, None
     for number in range(args.repetitions):
-        by_schema = _run(args.out, f"schema-{number}", {"max_tokens": 160, "output_schema": SCHEMA})
-        parsed = by_schema["parsed"].to_pylist()
-        valid += sum(_fits(one) for one in parsed)
-        length = length or round(pc.mean(by_schema["completion_tokens"]).as_py())
-        free = _run(args.out, f"free-{number}", {"max_tokens": length, "ignore_eos": True})
-        for name, rows, run in (("by schema", by_schema, "schema"), ("free", free, "free")):
-            rate = pc.sum(rows["completion_tokens"]).as_py() / _seconds(args.out / f"{run}-{number}")
+        sampling = {**SAMPLED, "max_tokens": 160, "output_schema": SCHEMA}
+        by_schema = run(args.out, f"schema-{number}", sampling=sampling)
+        valid += sum(_fits(one) for one in by_schema.rows("parsed")["parsed"].to_pylist())
+        length = length or round(pc.mean(_lengths(by_schema)).as_py())
+        sampling = {**SAMPLED, "max_tokens": length, "ignore_eos": True}
+        free = run(args.out, f"free-{number}", sampling=sampling)
+        for name, job in (("by schema", by_schema), ("free", free)):
+            rate = pc.sum(_lengths(job)).as_py() / job.asking_s
             rates[name].append(rate)
             print(f"{name} {number + 1}: {rate:,.0f} output tokens/s", file=sys.stderr, flush=True)
     asked = args.rows * args.repetitions
@@ -86,35 +87,9 @@ def _fits(parsed: Any) -> bool:
     return True
 
 
-def _run(folder: Path, name: str, sampling: dict[str, Any]) -> pa.Table:
-    """The rows of one job."""
-    job = {
-        "name": "constrained",
-        "extends": [str(ROOT / "conf/base.yaml"), str(ROOT / "conf/models/tiny.yaml")],
-        "input": {"path": str(folder / "rows.parquet")},
-        "prompt": {"template": "{{ question }}"},
-        "model": {"source": str(ROOT / "examples/tiny-model")},
-        "sampling": {"temperature": 1.0, "seed": 0, **sampling},
-        "output": {"path": str(folder / name)},
-        "shards": {"rows": 250},
-    }
-    (folder / f"{name}.yaml").write_text(json.dumps(job))
-    child.run(
-        child.dray("run", str(folder / f"{name}.yaml"), "--quiet"),
-        log=folder / f"{name}.txt",
-        env=child.environment({"DRAY_LOGS": str(folder / "logs"), "VLLM_CPU_KVCACHE_SPACE": "1"}),
-        cwd=ROOT,
-    )
-    return pq.read_table(folder / name / "data")
-
-
-def _seconds(output: Path) -> float:
-    """From the first request to the last answer."""
-    footers = [
-        json.loads(pq.read_metadata(part).metadata[b"dray"]) for part in (output / "data").glob("*.parquet")
-    ]
-    turns = [turn for footer in footers for turn in footer["provenance"]["turns"]]
-    return max(turn["ended_at"] for turn in turns) - min(turn["began_at"] for turn in turns)
+def _lengths(job: TinyJob) -> pa.ChunkedArray:
+    """Output tokens of each row."""
+    return job.rows("completion_tokens")["completion_tokens"]
 
 
 def _arguments() -> argparse.Namespace:

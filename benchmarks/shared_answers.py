@@ -21,16 +21,14 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import child
-from benchmarks.machine import ROOT, machine
+from benchmarks.machine import machine
 from benchmarks.measuring import markdown
+from benchmarks.tiny_job import TinyJob, run, write_questions
 from pipelines.engine import Answer, Sample
 from pipelines.shared_answers import ShelfActor, ShelfHere, ShelfThere, Shelves
 
@@ -47,8 +45,18 @@ def main() -> int:
     lines: list[tuple[str, ...]] = [("shelf", "claim, µs a row", "tell, µs a row")]
     lines += [(where, f"{claim:.1f}", f"{tell:.1f}") for where, (claim, tell) in costs.items()]
     print(markdown(lines))
-    _write(args.out, args.rows)
-    runs = {how: _run(args.out, how, args.engines) for how in ("greedy", "none")}
+    write_questions(args.out, _questions(args.rows))
+    jobs = {
+        how: run(
+            args.out,
+            how,
+            sampling={"temperature": 0, "max_tokens": 48, "ignore_eos": True},
+            reuse={"equal_prompts": how},
+            pool={"replicas": args.engines},
+        )
+        for how in ("greedy", "none")
+    }
+    runs = {how: _told(job) for how, job in jobs.items()}
     lines = [
         (
             "equal_prompts",
@@ -60,11 +68,11 @@ def main() -> int:
             "whole, s",
         )
     ]
-    for how, run in runs.items():
-        numbers = (run[name] for name in ("rows", "requests", "tokens", "generated"))
-        seconds = (run[name] for name in ("asking_s", "wall_s"))
+    for how, told in runs.items():
+        numbers = (told[name] for name in ("rows", "requests", "tokens", "generated"))
+        seconds = (told[name] for name in ("asking_s", "wall_s"))
         lines.append((how, *(f"{n:,}" for n in numbers), *(f"{s:.1f}" for s in seconds)))
-    same = _texts(args.out / "greedy") == _texts(args.out / "none")
+    same = jobs["greedy"].texts == jobs["none"].texts
     print(markdown([*lines, (f"the answers are {'the same' if same else 'DIFFERENT'}",)]))
     found = {"machine": machine(), "us_a_row": costs, "engines": args.engines, "runs": runs, "same": same}
     (args.out / "shared_answers.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -112,55 +120,24 @@ async def _cost(shelf: Shelves, shards: int) -> tuple[float, float]:
     return 1e6 * claim_s / rows, 1e6 * tell_s / rows
 
 
-def _write(folder: Path, rows: int) -> None:
-    (folder / "in").mkdir()
+def _questions(rows: int) -> list[str]:
+    """Each of them five times, far apart."""
     different = rows // 5
-    questions = [f"What is {n * 7919 % different} plus {n * 7919 % different % 7}?" for n in range(rows)]
-    pq.write_table(pa.table({"question": questions}), folder / "in" / "rows.parquet")
+    return [f"What is {n * 7919 % different} plus {n * 7919 % different % 7}?" for n in range(rows)]
 
 
-def _run(folder: Path, equal_prompts: str, engines: int) -> dict[str, Any]:
-    """One job; its rows, the tokens in them, and those that were generated."""
-    job = {
-        "name": "shared-answers",
-        "extends": [str(ROOT / "conf/base.yaml"), str(ROOT / "conf/models/tiny.yaml")],
-        "input": {"path": str(folder / "in")},
-        "prompt": {"template": "{{ question }}"},
-        "model": {"source": str(ROOT / "examples/tiny-model")},
-        "sampling": {"temperature": 0, "max_tokens": 48, "ignore_eos": True},
-        "reuse": {"equal_prompts": equal_prompts},
-        "pool": {"replicas": engines},
-        "output": {"path": str(folder / equal_prompts)},
-        "shards": {"rows": 250},
-    }
-    (folder / f"{equal_prompts}.yaml").write_text(json.dumps(job))
-    watched = child.run(
-        child.dray("run", str(folder / f"{equal_prompts}.yaml"), "--quiet"),
-        log=folder / f"{equal_prompts}.txt",
-        env=child.environment({"DRAY_LOGS": str(folder / "logs"), "VLLM_CPU_KVCACHE_SPACE": "1"}),
-        cwd=ROOT,
-    )
-    parts = list((folder / equal_prompts / "data").glob("*.parquet"))
-    tokens = [pc.sum(pq.read_table(part)["completion_tokens"]).as_py() for part in parts]
-    footers = [json.loads(pq.read_metadata(part).metadata[b"dray"]) for part in parts]
-    stats = [footer["stats"] for footer in footers]
-    turns = [turn for footer in footers for turn in footer["provenance"]["turns"]]
+def _told(job: TinyJob) -> dict[str, Any]:
+    """Its rows, requests and tokens, and those that were generated."""
+    stats = job.stats
+    tokens = pc.sum(job.rows("completion_tokens")["completion_tokens"]).as_py()
     return {
         "rows": sum(one["rows_in"] for one in stats),
         "requests": sum(sum(one["latency_s"]["counts"].values()) for one in stats),
-        "tokens": sum(tokens),
-        "generated": sum(tokens) - sum(one["tokens_reused"] for one in stats),
-        "asking_s": max(turn["ended_at"] for turn in turns) - min(turn["began_at"] for turn in turns),
-        "wall_s": watched.wall_s,
+        "tokens": tokens,
+        "generated": tokens - sum(one["tokens_reused"] for one in stats),
+        "asking_s": job.asking_s,
+        "wall_s": job.wall_s,
     }
-
-
-def _texts(output: Path) -> dict[str, str]:
-    rows = pa.concat_tables(
-        pq.read_table(part, columns=["row_id", "generated_text"])
-        for part in (output / "data").glob("*.parquet")
-    )
-    return dict(zip(rows["row_id"].to_pylist(), rows["generated_text"].to_pylist(), strict=True))
 
 
 def _arguments() -> argparse.Namespace:
