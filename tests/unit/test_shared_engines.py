@@ -22,6 +22,7 @@ from pipelines.shared_answers import ShelfActor, ShelfHere, ShelfThere, Shelves
 from pipelines.shelf import Shelf
 from pipelines.stage import Parcel
 from pipelines.stop import StopFlag
+from pipelines.tokenizer import load_tokenizer
 from tests.local.runs import job
 from tests.unit.stages import planned
 from tests.unit.test_generate import Actor, Flag, attempts_of, deaths_of, errors_of, like_ray, parcel, suspect
@@ -29,6 +30,8 @@ from tests.unit.test_generate import Actor, Flag, attempts_of, deaths_of, errors
 pytestmark = pytest.mark.slow
 
 POISON = 7
+#: Longer than this process stands still once its engines have started.
+STALE_S = 1.5
 #: Prompts that two shards have in common.
 COMMON: list[list[int] | None] = [[10, 10 + row] for row in range(20)]
 
@@ -50,7 +53,10 @@ def make_work(tmp_path: Path) -> MakeWork:
         (tmp_path / "in").mkdir()
         pq.write_table(pa.table({"question": ["a"]}), tmp_path / "in" / "x.parquet")
         model = {"simulated": {"tokens_per_s": 1e6, **simulated}}
-        return planned(job(tmp_path / "in", tmp_path / "out", model=model, errors=errors or {})).work("run-1")
+        settings = job(tmp_path / "in", tmp_path / "out", model=model, errors=errors or {})
+        work = planned(settings).work("run-1")
+        load_tokenizer(work.model)  # transformers is not imported by two engines' threads at once
+        return work
 
     return make
 
@@ -89,7 +95,7 @@ class Handle:
 @pytest.fixture
 def shelf_actor(monkeypatch: pytest.MonkeyPatch) -> ShelfActor:
     monkeypatch.setattr(shared_answers, "end_with_parent", lambda: None)
-    return ShelfActor(Shelf(stale_s=0.3))
+    return ShelfActor(Shelf(stale_s=STALE_S))
 
 
 def asked(one: Parcel) -> int:
@@ -162,11 +168,12 @@ async def test_another_engine_asks_for_what_a_dead_one_was_at(
     work = make_work(stalls_of=POISON)
     handles = [Handle(shelf_actor), Handle(shelf_actor)]
     doomed, other = (Sharing(work, ShelfThere(handle)) for handle in handles)
+    await asyncio.gather(doomed._started(), other._started())
     first = began(doomed, 0, [[POISON], *COMMON])
     await until(lambda: is_asked(doomed, 0))
     second = began(other, 1, COMMON)
     await until(lambda: len(handles[1].calls) > 40)
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(STALE_S + 0.5)
     assert not second.done()  # the one that is at it still says that it is alive
     handles[0].process_is_dead = True
     two = await done(second)
@@ -203,6 +210,7 @@ async def test_without_a_shelf_all_is_asked(
     work = make_work(stalls_of=POISON)
     handles = [Handle(shelf_actor), Handle(shelf_actor)]
     stalled, other = (Sharing(work, ShelfThere(handle)) for handle in handles)
+    await asyncio.gather(stalled._started(), other._started())
     first = began(stalled, 0, [[POISON], *COMMON])
     await until(lambda: is_asked(stalled, 0))
     second, third = began(other, 1, COMMON), began(other, 2, COMMON)
