@@ -64,6 +64,7 @@ def main() -> None:
     os.dup2(2, 1)  # vLLM prints to standard output
 
     from vllm import LLM, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
     llm = LLM(**request["engine"])
     prompts = [_decoded(prompt) if isinstance(prompt, dict) else prompt for prompt in request["prompts"]]
@@ -73,7 +74,10 @@ def main() -> None:
         os.write(real, json.dumps(pooled[request["task"]]()).encode())
         return
     seeds = request["seeds"] or [None] * len(prompts)
-    params = [SamplingParams(**request["sampling"], seed=seed) for seed in seeds]
+    sampling = request["sampling"]
+    if held := sampling.get("structured_outputs"):
+        sampling["structured_outputs"] = StructuredOutputsParams(**held)
+    params = [SamplingParams(**sampling, seed=seed) for seed in seeds]
     if isinstance(prompts[0], str | dict):
         outputs = llm.generate(prompts, params, use_tqdm=False)
     else:
