@@ -186,6 +186,7 @@ CHATS = [
 ]
 
 
+@pytest.mark.long
 def test_images_are_embedded_as_bare_vllm_embeds_them(tmp_path: Path) -> None:
     source = vision_model(tmp_path / "model")
     steps = [
