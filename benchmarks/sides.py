@@ -290,6 +290,7 @@ def _dray(name: str, task: Task, folder: Path, pool: dict[str, Any]) -> list[Run
         "engine_start_s": max(origin["engine_start_s"] for origin in origins),
         "last_engine_ready_s": max(origin["engine_ready_at"] for origin in origins) - watched.began_at,
         "shards": len(parts),
+        "rows_reused": sum(s["rows_reused"] for s in stats),
         **{
             f"all_{key}": sum(s[key] for s in stats)
             for key in ("prepare_s", "queue_s", "generate_s", "commit_s")
