@@ -62,7 +62,7 @@ def identity(job: LoadedJob, folders: Sequence[str] = ()) -> dict[str, Any]:
                 _add(found, (section, key), values[key], job)
     for key, model in job.spec.models.items():
         found |= model_identity(key, model, job)
-    if job.spec.reuse.equal_prompts == "all":  # the others give each row the answer that it would have alone
+    if job.spec.reuse.equal_prompts == "all":  # the others give each row an answer that it might have alone
         found["reuse.equal_prompts"] = "all"
     if job.spec.steps:
         found["steps"] = [_step_identity(step) for step in job.spec.steps]

@@ -230,7 +230,7 @@ class Feed:
         self._numbers = itertools.count()
         self._running: set[asyncio.Task[None]] = set()
         self._ended = self._failed = 0
-        self._error: Exception | None = None
+        self._error: DrayError | None = None
         self._filling = True
         gate.enter(0, self)
         self._filling = False
@@ -251,7 +251,7 @@ class Feed:
         task.add_done_callback(partial(self._done, kv_tokens))
 
     def fail(self, error: Exception) -> None:
-        self._error = self._error or error
+        self._error = self._error or JobError(f"admission failed: {error!r}")
 
     def _cut(self, asked: Asked) -> int | None:
         """What is left of an answer that is met on its way: a random share of its limit; None where there is no limit.

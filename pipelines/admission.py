@@ -74,7 +74,8 @@ class Gate:
         return self.load.in_flight
 
     def enter(self, priority: int, line: Line) -> None:
-        """Queue a shard's requests; the lowest `priority` goes first. `line` does not grow afterwards."""
+        """Queue a shard's requests; the lowest `priority` goes first. `line` does not grow afterwards. Where this raises,
+        `withdraw` is due."""
         self._arrivals += 1
         heapq.heappush(self._lines, (priority, self._arrivals, line))
         self.load.waiting += len(line)
@@ -87,15 +88,19 @@ class Gate:
             heapq.heapify(kept)
             self._lines = kept
             self.load.waiting -= len(line)
-            self._admit()
+            self._admit_or_fail()
 
     def leave(self, kv_tokens: int) -> None:
         """A request has been answered, has failed or was cancelled; `kv_tokens` as it was started with."""
         self.load.in_flight -= 1
         self.load.kv_tokens -= kv_tokens
+        self._admit_or_fail()
+
+    def _admit_or_fail(self) -> None:
+        """For callbacks, whose errors an event loop would only log: the lines that wait are told."""
         try:
             self._admit()
-        except Exception as error:  # noqa: BLE001 - a mistake of ours, which an event loop would only log
+        except Exception as error:  # noqa: BLE001 - a mistake of ours
             for _, _, line in [*self._lines]:
                 line.fail(error)
 
@@ -108,10 +113,10 @@ class Gate:
                 return
             if not load.in_flight:
                 self.busy_since = self.clock()
+            line.start(kv_tokens)
             load.in_flight += 1
             load.kv_tokens += kv_tokens
             load.waiting -= 1
-            line.start(kv_tokens)
 
     def _turn(self) -> tuple[Line, int] | None:
         """The line whose request is to enter next, and the KV-cache tokens that it needs; None where nobody waits."""

@@ -103,6 +103,7 @@ class Answering:
         self._structured = Structured(work.sampling, parser)
         self._began = time.monotonic()
         self._first_admitted: float | None = None
+        self._last_answered: float | None = None
 
     @cached_property
     def row_ids(self) -> list[str]:
@@ -124,8 +125,8 @@ class Answering:
         try:
             async with asyncio.TaskGroup() as group:
                 line = _Line(self, rows, group, gate, tell)
-                gate.enter(self._priority, line)
                 try:
+                    gate.enter(self._priority, line)
                     await line.begun
                 finally:
                     gate.withdraw(line)
@@ -145,21 +146,21 @@ class Answering:
 
     def parcel(self, *, attempt: int, engine_deaths: int) -> Parcel:
         """The shard with its generations; every answerable row must have been run, taken or failed. Blocks for the table."""
-        ended = time.monotonic()
+        since = time.monotonic()
         asked = (row for row in self.answerable if row not in self._reused)
         answers = [answer for row in asked if isinstance(answer := self._results[row], Answer)]
         for row, other in self._same.items():
             self._results[row] = self._results[other]
         not_asked = (*self._same, *self._reused)
         reused = [answer for row in not_asked if isinstance(answer := self._results[row], Answer)]
-        first = self._first_admitted or ended
+        first, last = self._first_admitted or since, self._last_answered or since
         now = time.time()
         info = self.started.info
         turn = Turn(
             generation=self._name,
             replica=replica_name(),
-            began_at=now - (ended - first),
-            ended_at=now,
+            began_at=now - (since - first),
+            ended_at=now - (since - last),
             engine_began_at=info.ready_at - info.start_s,
             gpus=gpus_of(info, self._work.model, self._work.pool),
         )
@@ -175,8 +176,8 @@ class Answering:
         ).noting(
             attempt=attempt,
             engine_deaths=engine_deaths,
-            queue_s=max(0.0, first - self._began) + before.get("queue_s", 0.0),
-            generate_s=ended - first + before.get("generate_s", 0.0),
+            queue_s=(first - self._began if self._first_admitted else 0.0) + before.get("queue_s", 0.0),
+            generate_s=last - first + before.get("generate_s", 0.0),
             latency_s=latency.to_dict(),
             ttft_s=(ttft + Histogram.from_dict(before.get("ttft_s", {}))).to_dict(),
             rows_reused=len(reused) + before.get("rows_reused", 0),
@@ -226,6 +227,7 @@ class Answering:
                 self.started.lengths.learn_images(len(self._images[row]), answer.image_tokens)
             tokens = sum(len(sample.token_ids) for sample in answer.samples)
             self.started.lengths.learn(self.prompt_tokens(row), tokens, self._max_tokens[row])
+        self._last_answered = time.monotonic()
         self._results[row] = result
         if tell is not None:
             tell(row, result)

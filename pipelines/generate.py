@@ -154,11 +154,15 @@ class Generate:
 
     async def _whole(self, parcel: Parcel, arrival: int, attempt: Attempt, deaths: int) -> Parcel:
         shard = self.work.attempts_key(parcel.shard)
+        alone = deaths > 0
         deaths += parcel.notes.get("engine_deaths", 0)  # of the pools before
         for asking in self._asking:
             answering = await asking.of(parcel, await self._started(), arrival)
             async with self._holding(shard, attempt):
-                await asking.run(shard, answering, partial(self._idling, shard))
+                if alone:  # other engines' answers are not waited for, while this one has nothing else to do
+                    await answering.run(answering.answerable)
+                else:
+                    await asking.run(shard, answering, partial(self._idling, shard))
             parcel = await asyncio.to_thread(asking.answered, answering, attempt.number, deaths)
         return parcel
 
@@ -253,11 +257,10 @@ class Generate:
     def _begin_end(self, reason: str) -> None:
         """The engine is dead: from now on nothing begins, and this process ends."""
         if self._end is None:
-            self._end = asyncio.create_task(self._die(reason))
+            self._end = asyncio.create_task(self._die(reason, frozenset(self._idle)))
 
-    async def _die(self, reason: str) -> None:
-        """Say so in the records of all shards that the engine had, spare those it had not, and end this process."""
-        idle = self._idle.copy()
+    async def _die(self, reason: str, idle: frozenset[str]) -> None:
+        """Say so in the records of all shards that the engine had, spare those it had not (`idle`), and end this process."""
         held = len(self._in_hand.keys() - idle)
         _log.error("the engine died under %d shards, which are tried again: %s", held, reason)
         try:

@@ -69,8 +69,10 @@ def _check_head(model: ModelSettings, folder: Path) -> None:
     """Of a model that generates vLLM makes a classifier with the weights `score`. Where there are none, 0.32 leaves the head as
     the memory was, without a word."""
     config = json.loads((folder / "config.json").read_bytes())
-    config = {**config, **(config.get("text_config") or {}), **(model.engine.get("hf_overrides") or {})}
-    generates = any(name.endswith(_GENERATE) for name in config.get("architectures") or ())
+    overrides = model.engine.get("hf_overrides") or {}
+    architectures = {**config, **overrides}.get("architectures") or ()
+    generates = any(name.endswith(_GENERATE) for name in architectures)
+    config = {**config, **(config.get("text_config") or {}), **overrides}
     made = {"classifier_from_token", "method"} & config.keys()  # of the language model's own head
     names = weight_names(folder)
     if generates and names and not made and not any("score" in name.split(".") for name in names):

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import math
 import pickle
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 TELL_S = 1.0
 #: Seconds to wait for the actor's word, and for its first one: its process may still start.
 ANSWER_S, START_S = 10.0, 60.0
+#: And once more, when the first wait is over.
+GRACE_S = 1.0
 
 
 class Shelves(Protocol):
@@ -72,8 +74,8 @@ class SharedAnswers:
                     await asyncio.sleep(pause)
                     keys = [self._key(answering, row) for row in left]
                     found, taken = await self._shelf.claim(owner, keys)
-                for place, answer in found.items():
-                    answering.take(left[place], pickle.loads(answer))
+                for place, answer in (await asyncio.to_thread(_unpickled, found)).items():
+                    answering.take(left[place], answer)
                 elsewhere = {*found, *taken}
                 await answering.run([r for place, r in enumerate(left) if place not in elsewhere], tell)
                 pause = min(2 * pause, longest) if pause and len(taken) == len(left) else shortest
@@ -87,6 +89,10 @@ class SharedAnswers:
 
     def _key(self, answering: Answering, row: int) -> bytes:
         return self._prefix + answering.keys[row]
+
+
+def _unpickled(found: Mapping[int, bytes]) -> dict[int, Answer]:
+    return {place: pickle.loads(answer) for place, answer in found.items()}
 
 
 class ShelfHere:
@@ -155,18 +161,21 @@ class ShelfThere:
 
     async def _word(self, reply: Awaitable[Any]) -> Any:
         """The actor's; None once it has none."""
+        word = asyncio.ensure_future(reply)
+        await asyncio.wait({word}, timeout=self._limit_s)
+        await asyncio.wait({word}, timeout=GRACE_S)  # it may be this process that stood still
         try:
-            async with asyncio.timeout(self._limit_s):
-                word = await reply
-        except (TimeoutError, ray.exceptions.RayError) as error:
-            if not self._is_gone:
-                _log.warning(
-                    "equal prompts are shared no more between engines: %s", str(error) or "no answer"
-                )
-            self._is_gone = True
-            return None
-        self._limit_s = ANSWER_S
-        return word
+            if word.done():
+                self._limit_s = ANSWER_S
+                return word.result()
+            word.cancel()
+            reason = "no answer"
+        except ray.exceptions.RayError as error:
+            reason = str(error)
+        if not self._is_gone:
+            _log.warning("equal prompts are shared no more between engines: %s", reason)
+        self._is_gone = True
+        return None
 
 
 class ShelfActor:

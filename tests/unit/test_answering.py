@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from array import array
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 
 from pipelines.answering import Answering, Started
 from pipelines.contracts import GENERATION_SCHEMA, PROMPT_SCHEMA, Shard, Work
-from pipelines.engine import Engine, open_engine
+from pipelines.engine import Answer, Engine, open_engine
 from pipelines.errors import EngineDied
 from pipelines.lengths import Lengths
 from pipelines.settings import ErrorSettings, ModelSettings, PoolSettings, SamplingSettings
@@ -91,6 +92,22 @@ async def test_generations_are_one_row_per_sample_in_the_prompts_order(tmp_path:
     assert started.gate.load == Load()
 
 
+async def test_a_turn_ends_with_the_last_answer(tmp_path: Path) -> None:
+    """Not with what was waited for afterwards."""
+    job = work(tmp_path)
+    _, started = await started_for(job)
+    asked = answering(job, started, [[5, 6], [7]])
+    await asked.run([0])
+    answered_at = time.time()
+    await asyncio.sleep(0.3)
+    asked.take(1, cast("Answer", asked._results[0]))
+    notes = asked.parcel(attempt=1, engine_deaths=0).notes
+    [turn] = notes["turns"]
+    assert turn["began_at"] <= turn["ended_at"] <= answered_at + 0.1
+    assert notes["generate_s"] == pytest.approx(turn["ended_at"] - turn["began_at"], abs=1e-4)
+    assert notes["rows_reused"] == 1
+
+
 @pytest.mark.parametrize("prompts", [[], [None, None]])
 async def test_a_shard_without_prompts_asks_nothing(tmp_path: Path, prompts: list[list[int] | None]) -> None:
     job = work(tmp_path)
@@ -130,11 +147,12 @@ async def test_an_engine_that_dies_fails_every_shard_and_leaves_nothing_behind(t
     assert started.gate.load == Load()
 
 
+@pytest.mark.parametrize("when", ["a request ends", "a shard is cancelled"])
 async def test_a_mistake_before_the_gate_fails_those_who_wait_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """It comes up where a request ends, in a callback that nobody waits for."""
-    job = work(tmp_path, tokens_per_s=1000)
+    """Whether or not anybody waits for the call in which it comes up."""
+    job = work(tmp_path, tokens_per_s=1000 if when == "a request ends" else 1)
     _, started = await started_for(job)
     waiting = [answering(job, started, [[5 + i] for i in range(30)]) for _ in range(2)]
     calls = [asyncio.ensure_future(a.run(a.answerable)) for a in waiting]
@@ -145,7 +163,10 @@ async def test_a_mistake_before_the_gate_fails_those_who_wait_there(
 
     with monkeypatch.context() as broken:
         broken.setattr(Lengths, "predict", wrong)
+        if when == "a shard is cancelled":
+            calls[0].cancel()
         async with asyncio.timeout(20):
             ends = await asyncio.gather(*calls, return_exceptions=True)
-    assert [type(end) for end in ends] == [KeyError, KeyError]
+    first = KeyError if when == "a request ends" else asyncio.CancelledError
+    assert [type(end) for end in ends] == [first, KeyError]
     assert started.gate.load == Load()

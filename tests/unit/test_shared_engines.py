@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -272,3 +274,21 @@ async def test_retries_share(make_work: MakeWork) -> None:
     actor = Actor(work)
     assert [asked(await done(began(actor, n, COMMON))) for n in range(2)] == [20, 0]
     await actor.bury()
+
+
+async def test_an_engine_whose_process_stood_still_keeps_its_shelf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The actor's word has come by then: its silence is this process's own."""
+    monkeypatch.setattr(shared_answers, "START_S", 0.2)
+
+    class Answering:
+        def remote(self, *_: Any) -> asyncio.Future[Any]:
+            reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_later(0.05, reply.set_result, ({0: b"answer"}, []))
+            return reply
+
+    shelf = ShelfThere(SimpleNamespace(claim=Answering(), hear=Answering()))
+    claim = asyncio.ensure_future(shelf.claim("owner", [b"key"]))
+    await asyncio.sleep(0)
+    time.sleep(0.5)  # noqa: ASYNC251 - the whole process
+    assert await claim == ({0: b"answer"}, [])
+    shelf.release("owner")
