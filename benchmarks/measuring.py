@@ -40,9 +40,9 @@ class Measured:
             if (run.rows, run.output_tokens) != (rows, output_tokens)
         ]
         found += [
-            f"{run.name}: {run.phases['rows_reused']:,} rows were not asked, as their prompts are those of others"
+            f"{run.name}: {run.rows_reused:,} rows were not asked, as their prompts are those of others"
             for run in self.runs
-            if run.phases.get("rows_reused")
+            if run.rows_reused
         ]
         if len({run.prompt_tokens for run in self.runs}) > 1:
             found.append("the sides made prompts of different lengths")

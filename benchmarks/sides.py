@@ -84,6 +84,8 @@ class Run:
     cpu_by_process_s: dict[str, float]
     processes: dict[str, int]
     output: list[str]
+    rows_reused: int = 0
+    """Rows whose answer was not asked for, as an equal prompt's was there."""
 
     @property
     def name(self) -> str:
@@ -290,7 +292,6 @@ def _dray(name: str, task: Task, folder: Path, pool: dict[str, Any]) -> list[Run
         "engine_start_s": max(origin["engine_start_s"] for origin in origins),
         "last_engine_ready_s": max(origin["engine_ready_at"] for origin in origins) - watched.began_at,
         "shards": len(parts),
-        "rows_reused": sum(s["rows_reused"] for s in stats),
         **{
             f"all_{key}": sum(s[key] for s in stats)
             for key in ("prepare_s", "queue_s", "generate_s", "commit_s")
@@ -304,7 +305,7 @@ def _dray(name: str, task: Task, folder: Path, pool: dict[str, Any]) -> list[Run
         phases=phases,
         output=[str(part) for part in parts],
     )
-    return [run]
+    return [replace(run, rows_reused=sum(s["rows_reused"] for s in stats))]
 
 
 def _run(

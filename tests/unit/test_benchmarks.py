@@ -175,6 +175,9 @@ def test_runs_that_wrote_something_else_are_problems() -> None:
         "b: 4 rows with 99 tokens were written, not 4 with 100",
         "the sides made prompts of different lengths",
     ]
+    assert measuring.Measured([a_run("a"), replace(a_run("b"), rows_reused=2)]).problems(4, 100) == [
+        "b: 2 rows were not asked, as their prompts are those of others"
+    ]
 
 
 def test_answers_of_several_files_are_in_the_order_of_their_ids(tmp_path: Path) -> None:
