@@ -162,16 +162,17 @@ class ShelfThere:
     async def _word(self, reply: Awaitable[Any]) -> Any:
         """The actor's; None once it has none."""
         word = asyncio.ensure_future(reply)
-        await asyncio.wait({word}, timeout=self._limit_s)
-        await asyncio.wait({word}, timeout=GRACE_S)  # it may be this process that stood still
         try:
+            await asyncio.wait({word}, timeout=self._limit_s)
+            await asyncio.wait({word}, timeout=GRACE_S)  # it may be this process that stood still
             if word.done():
                 self._limit_s = ANSWER_S
                 return word.result()
-            word.cancel()
             reason = "no answer"
         except ray.exceptions.RayError as error:
             reason = str(error)
+        finally:
+            word.cancel()
         if not self._is_gone:
             _log.warning("equal prompts are shared no more between engines: %s", reason)
         self._is_gone = True

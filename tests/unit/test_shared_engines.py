@@ -200,6 +200,22 @@ async def test_engines_share_through_the_actor(make_work: MakeWork, shelf_actor:
     assert shelf_actor._shelf._owner_of == {}
 
 
+async def test_a_suspect_waits_for_nobody(make_work: MakeWork, shelf_actor: ShelfActor) -> None:
+    """It has its engine alone."""
+    work = make_work(stalls_of=POISON)
+    suspect(work, 1)
+    stalled, other = (Sharing(work, ShelfThere(Handle(shelf_actor))) for _ in range(2))
+    await asyncio.gather(stalled._started(), other._started())
+    first = began(stalled, 0, [[POISON], *COMMON])
+    await until(lambda: is_asked(stalled, 0))
+    two = await done(began(other, 1, COMMON))
+    assert errors_of(two) == {}
+    assert (asked(two), two.notes["rows_reused"]) == (20, 0)
+    assert not first.done()
+    first.cancel()
+    await asyncio.gather(stalled.bury(), other.bury())
+
+
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 async def test_without_a_shelf_all_is_asked(
     make_work: MakeWork,
