@@ -297,6 +297,7 @@ def _dray(name: str, task: Task, folder: Path, pool: dict[str, Any]) -> list[Run
             for key in ("prepare_s", "queue_s", "generate_s", "commit_s")
         },
     }
+    phases |= _engines(origins, watched.began_at)
     run = _run(
         name,
         watched,
@@ -306,6 +307,20 @@ def _dray(name: str, task: Task, folder: Path, pool: dict[str, Any]) -> list[Run
         output=[str(part) for part in parts],
     )
     return [replace(run, rows_reused=sum(s["rows_reused"] for s in stats))]
+
+
+def _engines(origins: Sequence[Mapping[str, Any]], began_at: float) -> dict[str, float]:
+    """When each engine was ready and when its last part was there, in seconds from the process's start; in the order of the former.
+
+    Where several engines share a job, what one of them does not work between the first being ready and the last part is lost.
+    """
+    replicas = {origin["replica"]: origin["engine_ready_at"] for origin in origins}
+    found = {}
+    for number, replica in enumerate(sorted(replicas, key=replicas.__getitem__), 1):
+        last = max(origin["committed_at"] for origin in origins if origin["replica"] == replica)
+        found[f"engine_{number}_ready_s"] = replicas[replica] - began_at
+        found[f"engine_{number}_done_s"] = last - began_at
+    return found
 
 
 def _run(
