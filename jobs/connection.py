@@ -13,11 +13,14 @@ from pathlib import Path
 import pipelines
 from jobs.spec import ClusterSettings
 from pipelines.errors import JobError
+from pipelines.orphans import outlived
 
 
 @contextlib.contextmanager
 def connected(cluster: ClusterSettings) -> Iterator[None]:
-    """Connect to a cluster, and leave it (or end our own) afterwards. Raises JobError when it does not answer.
+    """Connect to a cluster, and leave it afterwards, or end our own to its last process.
+
+    Raises JobError when it does not answer.
 
     A process that is connected already (a notebook) stays so, whatever `cluster` says.
     """
@@ -27,13 +30,14 @@ def connected(cluster: ClusterSettings) -> Iterator[None]:
         yield
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    _connect(cluster)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own there, which exits with 15
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with outlived():
+        _connect(cluster)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own there, which exits with 15
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _connect(cluster: ClusterSettings) -> None:

@@ -1,27 +1,53 @@
 """Nobody outlives who started it: an actor its raylet, what an actor started the actor, whatever ended them.
 
-vLLM's EngineCore does not look after its parent. Ray's raylet kills the children of an actor that dies; where the raylet
-dies as well (a killed node agent, the kernel's OOM killer), an EngineCore would keep its GPU's memory for ever. And a Ray
-worker whose raylet is gone ends itself, but not always: a few stood still on their way out for more than an hour.
+vLLM's EngineCore does not look after its parent, and the ranks of a tensor-parallel engine outlive an EngineCore that was
+killed by ten seconds and more, with their GPUs' memory. Ray's raylet kills the children of an actor that ends, not what these
+have started; where the raylet dies as well (a killed node agent, the kernel's OOM killer), an EngineCore would keep its GPU's
+memory for ever. And a Ray worker whose raylet is gone ends itself, but not always: a few stood still on their way out for
+more than an hour.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+
+import psutil
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 
-#: Not a thread, which would die with its process; no imports but the interpreter's own: 20 ms of CPU, 9 MB.
+_log = logging.getLogger(__name__)
+
+#: Seconds that `outlived` waits.
+GONE_S = 30.0
+
+#: Not a thread, which would die with its process; nobody's child, as a raylet kills the children of an actor that ends;
+#: no imports but the interpreter's own: 20 ms of CPU, 9 MB.
 _GUARD = """
-import os, signal, sys, time
+import os, select, signal, sys, time
 owner = int(sys.argv[1])
-while os.getppid() == owner:
-    time.sleep(0.5)
+try:
+    end = os.pidfd_open(owner)
+except (AttributeError, OSError):  # not Linux, or an old one
+    end = None
+if os.fork():
+    os._exit(0)
+if end is not None:
+    select.select([end], [], [])
+else:
+    try:
+        while True:
+            os.kill(owner, 0)
+            time.sleep(0.5)
+    except ProcessLookupError:
+        pass
 try:
     os.killpg(owner, signal.SIGKILL)
 except ProcessLookupError:
@@ -43,17 +69,49 @@ def end_with_parent() -> None:
 
 
 def end_with_this_process() -> None:
-    """Have all that this process starts from now on killed within a second of its end. Only for a process of our own.
+    """Have all that this process starts from now on killed when it ends. Only for a process of our own.
 
     It becomes the leader of a process group, which its descendants belong to, and a guard outside of the group waits
     for its end.
     """
     with contextlib.suppress(PermissionError):  # the leader of a session, and so of a group, already
         os.setpgid(0, 0)
-    subprocess.Popen(
+    subprocess.run(
         [sys.executable, "-I", "-S", "-c", _GUARD, str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        check=True,
     )
+
+
+@contextlib.contextmanager
+def outlived() -> Iterator[None]:
+    """At the end, wait until all that was started within and is still ending is gone, and with it what it held of a GPU.
+
+    Nobody is killed here: that is for the raylet, the kernel and the guards. On Linux a descendant whose own parent ended is
+    this process's child meanwhile, so that it can be waited for; elsewhere it is not. Processes of this process's own
+    group are not waited for: a notebook may have started them.
+    """
+    before = _descendants()
+    adopts = sys.platform.startswith("linux") and ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1) == 0
+    try:
+        yield
+    finally:
+        _, left = psutil.wait_procs(_descendants() - before, timeout=GONE_S)
+        if left:
+            pids = ", ".join(str(process.pid) for process in left)
+            _log.warning("still there after %.0f s, with what they hold of a GPU: processes %s", GONE_S, pids)
+        if adopts:
+            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+
+def _descendants() -> set[psutil.Process]:
+    """Of this process, but those of its own process group."""
+    group, found = os.getpgrp(), set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(process.pid) != group:
+                found.add(process)
+    return found

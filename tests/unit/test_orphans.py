@@ -44,24 +44,65 @@ def _alive(pid: int) -> bool:
         return False
 
 
+def _gone(pids: list[int], within_s: float = 10) -> bool:
+    deadline = time.monotonic() + within_s
+    while any(map(_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(_alive, pids))
+
+
+def _guards(owner: int) -> list[int]:
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if (process.info["cmdline"] or [])[1:4] == ["-I", "-S", "-c"]
+        and process.info["cmdline"][-1] == str(owner)
+    ]
+
+
 @pytest.mark.slow
-def test_all_descendants_end_with_an_owner_that_is_killed() -> None:
+@pytest.mark.parametrize("by", ["the kernel", "a raylet"])
+def test_all_descendants_end_with_an_owner_that_is_killed(by: str) -> None:
+    """A raylet kills the children of its actor, and would kill a guard among them; not those that they have started."""
     with subprocess.Popen(
         [sys.executable, "-c", _OWNER], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as owner:
         assert owner.stdout
         family = [int(owner.stdout.readline()) for _ in range(3)]
-        children = [process.pid for process in psutil.Process(owner.pid).children()]
-        (guard,) = set(children) - set(family)
-        family.append(guard)
-        time.sleep(1.2)  # two looks of the guard
-        assert all(map(_alive, family))
+        guards = _guards(owner.pid)
+        assert len(guards) == 1
+        time.sleep(0.5)
+        assert all(map(_alive, family + guards))
+        children = psutil.Process(owner.pid).children() if by == "a raylet" else []
         owner.kill()
+        for child in children:
+            child.kill()
         owner.wait()
-        deadline = time.monotonic() + 10
-        while any(map(_alive, family)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not [pid for pid in family if _alive(pid)]
+        assert _gone(family + guards), f"{family} and {guards}"
+
+
+_RUN = """
+import subprocess, sys
+from pipelines.orphans import outlived
+left = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3)']).pid, flush=True)"
+with outlived():
+    child = subprocess.Popen([sys.executable, "-c", left], start_new_session=True)
+    child.wait()
+    print("the work is done", flush=True)
+print("all are gone", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has a child subreaper")
+def test_a_run_ends_after_the_last_process_that_it_started() -> None:
+    with subprocess.Popen([sys.executable, "-c", _RUN], cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout
+        orphan = int(run.stdout.readline())
+        assert run.stdout.readline() == "the work is done\n"
+        assert _alive(orphan)
+        assert run.stdout.readline() == "all are gone\n"
+        assert not _alive(orphan)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
@@ -74,7 +115,4 @@ def test_a_process_that_no_longer_answers_ends_with_its_parent() -> None:
         assert _alive(child)
         parent.kill()
         parent.wait()
-        deadline = time.monotonic() + 10
-        while _alive(child) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not _alive(child)
+        assert _gone([child])
