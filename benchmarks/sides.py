@@ -290,6 +290,7 @@ def _dray(name: str, task: Task, folder: Path, pool: dict[str, Any]) -> list[Run
     phases = {
         "to_first_prepare_s": min(origin["started_at"] for origin in origins) - watched.began_at,
         "engine_start_s": max(origin["engine_start_s"] for origin in origins),
+        **_start_parts(origins),
         "last_engine_ready_s": max(origin["engine_ready_at"] for origin in origins) - watched.began_at,
         "shards": len(parts),
         **{
@@ -307,6 +308,13 @@ def _dray(name: str, task: Task, folder: Path, pool: dict[str, Any]) -> list[Run
         output=[str(part) for part in parts],
     )
     return [replace(run, rows_reused=sum(s["rows_reused"] for s in stats))]
+
+
+def _start_parts(origins: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of `engine_start_s`: the longest import, weights, compile and graphs of an engine, where it tells them."""
+    names = [f"engine_{part}_s" for part in ("import", "weights", "compile", "graphs")]
+    told = {name: [origin[name] for origin in origins if origin.get(name) is not None] for name in names}
+    return {name: max(seconds) for name, seconds in told.items() if seconds}
 
 
 def _engines(origins: Sequence[Mapping[str, Any]], began_at: float) -> dict[str, float]:
