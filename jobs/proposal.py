@@ -28,9 +28,11 @@ from jobs.spec_columns import check_against_schema, needed_columns
 from pipelines.code import code_digest, code_path, load_function, user_folders
 from pipelines.contracts import InputFile, Work, result_schema
 from pipelines.errors import InputError, OutputError, OutputLocked
+from pipelines.images import check_folder
 from pipelines.listing import list_files
 from pipelines.model_folder import check_model, folder_at_hand
 from pipelines.schema import conform_all, infer_schema
+from pipelines.settings import InputSettings
 from pipelines.steps import added_by
 from pipelines.storage import Storage
 from pipelines.vision import Vision
@@ -188,11 +190,12 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
 
 
 def checked_identity(job: LoadedJob) -> dict[str, Any]:
-    """What the fingerprint of a job covers. Raises BadInput for a model or a prompt function that is not there, and for images
-    that the model does not take."""
+    """What the fingerprint of a job covers. Raises BadInput for a model, a prompt function or a folder of images that is not there,
+    and for images that the model does not take."""
     for model in job.spec.models.values():
         check_model(model)
     check_images(job.spec)
+    check_images_folder(job.spec.input)
     for key, function in job.spec.functions.items():
         load_function(function, own_folders(), key)
     return identity(job, own_folders())
@@ -205,6 +208,12 @@ def check_images(spec: JobSpec, *, at_hand: bool = False) -> None:
         folder = folder_at_hand(model) if at_hand else None
         if folder is not None or not at_hand:
             Vision(model, folder=folder).check(key)
+
+
+def check_images_folder(settings: InputSettings) -> None:
+    """Raise StorageError where no image of any row could be read below `input.images_folder`; one request."""
+    if settings.images_folder is not None:
+        check_folder(settings.images_folder, settings.storage_options)
 
 
 def input_schema(spec: JobSpec, files: list[InputFile]) -> pa.Schema:

@@ -13,14 +13,14 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from jobs import load
+from jobs import load, plan
 from jobs.cli import main
 from jobs.preview import preview
 from jobs.proposal import check_images
 from jobs.reuse import KEPT, kept_in
 from pipelines import images as module
 from pipelines import vision
-from pipelines.errors import InputError, RowError, SpecError
+from pipelines.errors import InputError, RowError, SpecError, StorageError
 from pipelines.image_turns import has_images, places_images, takes_parts_only, with_images
 from pipelines.images import Image, ImageReader, digests_of, images_array, images_of, without_data
 from pipelines.lengths import IMAGE_TOKENS, Lengths
@@ -35,6 +35,34 @@ from tests.unit.stages import Output, generated, planned, run
 
 RED, BLUE = image("red"), image("blue")
 URL = f"data:image/png;base64,{base64.b64encode(RED).decode()}"
+
+
+# ── Where images lie ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_of_images_that_is_not_there_is_refused_before_anything_starts(
+    tmp_path: Path, there: bool
+) -> None:
+    """`dray plan`, and `dray preview` as well; an existing folder without a file says no less."""
+    pq.write_table(pa.table({"text": ["What?"], "seen": ["red.png"]}), tmp_path / "x.parquet")
+    settings = job(
+        tmp_path / "x.parquet",
+        tmp_path / "out",
+        input={"images_folder": str(tmp_path / "pictures")},
+        prompt={"template": "{{ text }}", "images_column": "seen"},
+        model={"source": str(vision_tokenizer(tmp_path / "model"))},
+    )
+    if there:
+        (tmp_path / "pictures").mkdir()
+    for look in (plan, lambda one: preview(one, rows=1, generate=False)):
+        with pytest.raises(
+            StorageError, match=rf"^input.images_folder: {tmp_path}/pictures: nothing lies below it; correct"
+        ):
+            look(load(settings))
+    (tmp_path / "pictures").mkdir(exist_ok=True)
+    (tmp_path / "pictures" / "red.png").write_bytes(RED)
+    assert plan(load(settings)).plan.shards
 
 
 # ── What is an image ─────────────────────────────────────────────────────────────────────────────────────────────
