@@ -24,7 +24,7 @@ from jobs.pinning import described, pinned
 from jobs.planning import Plan, extend, load_plan, new_plan, save_plan, summary
 from jobs.reuse import reuse_of
 from jobs.spec import JobSpec
-from jobs.spec_columns import check_against_schema, needed_columns
+from jobs.spec_columns import check_against_schema, image_columns, needed_columns
 from pipelines.code import code_digest, code_path, load_function, user_folders
 from pipelines.contracts import InputFile, Work, result_schema
 from pipelines.errors import InputError, OutputError, OutputLocked
@@ -174,8 +174,7 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
         if plan is None:
             raise OutputError(f"{storage.url()} has no plan to resume: use `dray run`")
         return Proposal(job=job, storage=storage, plan=plan, identity=covered)
-    images = frozenset(column for column, _ in spec.images_columns.values())
-    files = list_files(spec.input, needed_columns(spec), plan.by_path if plan else None, images)
+    files = list_files(spec.input, needed_columns(spec), plan.by_path if plan else None, *image_columns(spec))
     if plan is None:
         schema = input_schema(spec, files)
         plan = new_plan(files, schema, print_, **_cutting(spec))

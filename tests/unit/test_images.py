@@ -402,6 +402,18 @@ def test_shards_are_as_large_as_the_engines_work_and_not_as_the_images(tmp_path:
         tmp_path, model, rows, out=tmp_path / "later", prompt={"template": "{{ text }}"}, steps=[step]
     )
     assert [shard.rows for shard in planned(later).plan.shards] == [shard.rows for shard in shards]
+    # And by whatever name it calls them.
+    step = {"generate": {"column": "more", "prompt": {"template": "a", "images_column": "picture"}}}
+    renamed = settings(
+        tmp_path,
+        model,
+        rows,
+        out=tmp_path / "renamed",
+        prompt={"template": "{{ text }}"},
+        output={"rename": {"seen": "pictures"}},
+        steps=[{"explode": {"column": "pictures", "into": "picture"}}, step],
+    )
+    assert [shard.rows for shard in planned(renamed).plan.shards] == [shard.rows for shard in shards]
 
 
 def test_validating_says_what_the_plan_says_of_images(tmp_path: Path, model: str) -> None:
