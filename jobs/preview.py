@@ -15,7 +15,7 @@ from rich.markup import escape
 from jobs.cutting import cut_lazily
 from jobs.in_process import answer_all, answered
 from jobs.loading import LoadedJob
-from jobs.proposal import input_schema, work_of
+from jobs.proposal import check_images_folder, input_schema, work_of
 from jobs.spec_columns import needed_columns
 from pipelines.advance import Reading, row_of
 from pipelines.answer_parsers import parser_fields
@@ -39,6 +39,7 @@ def preview(job: LoadedJob, *, rows: int, generate: bool) -> list[dict[str, Any]
     `error_message`; a prompt with images how many, as `images`, whose own tokens only an engine knows; with `generate` also `answers`, a list of `generated_text`, `finish_reason` and `steps` (the columns
     that these add) per record that the steps have left, elements of its lists included.
     """
+    check_images_folder(job.spec.input)
     files = list_files(job.spec.input, needed_columns(job.spec))
     work = work_of(job, input_schema(job.spec, files), fingerprint="", run_id="preview")
     parcel = _first_rows(Prepare(work), cut_lazily(files, rows), rows)

@@ -24,13 +24,15 @@ from jobs.pinning import described, pinned
 from jobs.planning import Plan, extend, load_plan, new_plan, save_plan, summary
 from jobs.reuse import reuse_of
 from jobs.spec import JobSpec
-from jobs.spec_columns import check_against_schema, needed_columns
+from jobs.spec_columns import check_against_schema, image_columns, needed_columns
 from pipelines.code import code_digest, code_path, load_function, user_folders
 from pipelines.contracts import InputFile, Work, result_schema
 from pipelines.errors import InputError, OutputError, OutputLocked
+from pipelines.images import check_folder
 from pipelines.listing import list_files
 from pipelines.model_folder import check_model, folder_at_hand
 from pipelines.schema import conform_all, infer_schema
+from pipelines.settings import InputSettings
 from pipelines.steps import added_by
 from pipelines.storage import Storage
 from pipelines.vision import Vision
@@ -172,8 +174,7 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
         if plan is None:
             raise OutputError(f"{storage.url()} has no plan to resume: use `dray run`")
         return Proposal(job=job, storage=storage, plan=plan, identity=covered)
-    images = frozenset(column for column, _ in spec.images_columns.values())
-    files = list_files(spec.input, needed_columns(spec), plan.by_path if plan else None, images)
+    files = list_files(spec.input, needed_columns(spec), plan.by_path if plan else None, *image_columns(spec))
     if plan is None:
         schema = input_schema(spec, files)
         plan = new_plan(files, schema, print_, **_cutting(spec))
@@ -188,11 +189,12 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
 
 
 def checked_identity(job: LoadedJob) -> dict[str, Any]:
-    """What the fingerprint of a job covers. Raises BadInput for a model or a prompt function that is not there, and for images
-    that the model does not take."""
+    """What the fingerprint of a job covers. Raises BadInput for a model, a prompt function or a folder of images that is not there,
+    and for images that the model does not take."""
     for model in job.spec.models.values():
         check_model(model)
     check_images(job.spec)
+    check_images_folder(job.spec.input)
     for key, function in job.spec.functions.items():
         load_function(function, own_folders(), key)
     return identity(job, own_folders())
@@ -205,6 +207,12 @@ def check_images(spec: JobSpec, *, at_hand: bool = False) -> None:
         folder = folder_at_hand(model) if at_hand else None
         if folder is not None or not at_hand:
             Vision(model, folder=folder).check(key)
+
+
+def check_images_folder(settings: InputSettings) -> None:
+    """Raise StorageError where no image of any row could be read below `input.images_folder`; one request."""
+    if settings.images_folder is not None:
+        check_folder(settings.images_folder, settings.storage_options)
 
 
 def input_schema(spec: JobSpec, files: list[InputFile]) -> pa.Schema:

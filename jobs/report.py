@@ -96,14 +96,18 @@ def make_report(
         stats=stats,
         output_bytes=books.bytes,
         generating_s=sum(
-            max(o.committed_at for o in group) - min(o.engine_ready_at or o.started_at for o in group)
+            max(o.committed_at for o in group)
+            - min([o.engine_ready_at for o in group if o.engine_ready_at] or [o.started_at for o in group])
             for group in by_run.values()
         ),
         engine_start_s=slowest.engine_start_s if slowest else 0.0,
         engine_start_parts={
             name.removeprefix("engine_"): getattr(slowest, name) if slowest else None for name in START_PARTS
         },
-        engines=tuple(sorted({f"{o.engine} on {o.device}" for o in origins})),
+        # Parts whose answers were all kept had none.
+        engines=tuple(
+            sorted({f"{o.engine} on {o.device}" if o.device else o.engine for o in origins if o.engine})
+        ),
         engine_use=engine_use(origins),
         simulated=any(o.engine == "simulated" for o in origins),
         problems=books.problems,

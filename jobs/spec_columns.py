@@ -13,6 +13,7 @@ from pipelines.filter import compile_filter
 from pipelines.prompt_columns import prompt_columns as columns_of_prompt
 from pipelines.prompt_columns import prompt_type_problems
 from pipelines.schema import wanted_columns
+from pipelines.settings import PromptSettings
 from pipelines.step_checks import check_steps
 
 if TYPE_CHECKING:
@@ -35,6 +36,37 @@ def needed_columns(spec: JobSpec) -> frozenset[str]:
     if spec.input.id_column:
         names.add(spec.input.id_column)
     return frozenset(names)
+
+
+def image_columns(spec: JobSpec) -> tuple[frozenset[str], frozenset[str]]:
+    """(columns of the input that hold images of some prompt, those that hold messages, which may hold some).
+
+    Steps call them by other names: `output.rename` and the steps before may have given them.
+    """
+    prompts: list[tuple[PromptSettings, int]] = [(spec.prompt, -1)] if spec.prompt else []
+    prompts += [(step.asks.asked_prompt, at) for at, step in enumerate(spec.steps) if step.asks]
+    images = (_of_input(spec, prompt.images_column, at) for prompt, at in prompts)
+    messages = (_of_input(spec, prompt.messages_column, at) for prompt, at in prompts)
+    return frozenset().union(*images), frozenset().union(*messages)
+
+
+def _of_input(spec: JobSpec, column: str | None, at: int) -> set[str]:
+    """The columns of the input that have become the one that the step at this place (-1: the job's own prompt) calls so; of what a
+    step computes there are none."""
+    names = set() if column is None else {column}
+    if at < 0:
+        return names
+    for step in reversed(spec.steps[:at]):
+        made: dict[str, tuple[str, ...]] = {}
+        if step.explode is not None:
+            made[step.explode.into] = step.explode.columns or (
+                (step.explode.column,) if step.explode.column else ()
+            )
+        elif step.gather is not None:
+            made = {name: (source,) for source, name in step.gather.columns.items()}
+        names = {source for name in names for source in made.get(name, (name,))}
+    renamed = {name: source for source, name in spec.output.rename.items()}
+    return {renamed.get(name, name) for name in names}
 
 
 def check_against_schema(spec: JobSpec, schema: pa.Schema) -> None:

@@ -28,10 +28,12 @@ from pipelines.images import Image, images_of, without_data
 from pipelines.lengths import HELD, Lengths, Rows
 from pipelines.seeds import row_seed
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
-from pipelines.shard_stats import Turn
+from pipelines.shard_stats import START_PARTS, Provenance, Turn
 from pipelines.stage import Parcel
 from pipelines.structured import Structured
 
+#: Fields of `Provenance` that speak of the engine of the last generation.
+_ENGINE_NOTES = ("replica", "engine", "device", "engine_start_s", "engine_ready_at", *START_PARTS)
 #: Takes each row that was asked, and what came of it.
 Tell = Callable[[int, Answer | RowError], None]
 
@@ -65,7 +67,7 @@ class Answering:
         self,
         parcel: Parcel,
         work: Work,
-        started: Started,
+        started: Started | None,
         request_numbers: itertools.count[int],
         priority: int,
         name: str = "",
@@ -73,12 +75,12 @@ class Answering:
         recalled: Mapping[int, Answer] = MappingProxyType({}),
         parser: AnswerParser | None = None,
     ) -> None:
-        """`priority`: shards of lower ones enter first. `name`: of the generation. `keys`: `answer_keys` of the prompts, where
+        """`started`: None where all answers are `recalled`. `priority`: shards of lower ones enter first. `name`: of the generation. `keys`: `answer_keys` of the prompts, where
         anything asks for them. `recalled`: answers that are there already, by position. `parser`:
         `structured.checking_parser` of the generation."""
         assert parcel.prompts is not None
         self._parcel, self._prompts = parcel, parcel.prompts
-        self._work, self.started = work, started
+        self._work, self._started = work, started
         self._numbers, self._priority, self._name = request_numbers, priority, name
         token_ids = self._prompts["token_ids"].combine_chunks()
         self._token_ids = token_ids.values.to_numpy()
@@ -104,6 +106,12 @@ class Answering:
         self._began = time.monotonic()
         self._first_admitted: float | None = None
         self._last_answered: float | None = None
+
+    @property
+    def started(self) -> Started:
+        """The engine, for whoever has a row to ask."""
+        assert self._started is not None
+        return self._started
 
     @cached_property
     def row_ids(self) -> list[str]:
@@ -155,15 +163,6 @@ class Answering:
         reused = [answer for row in not_asked if isinstance(answer := self._results[row], Answer)]
         first, last = self._first_admitted or since, self._last_answered or since
         now = time.time()
-        info = self.started.info
-        turn = Turn(
-            generation=self._name,
-            replica=replica_name(),
-            began_at=now - (since - first),
-            ended_at=now - (since - last),
-            engine_began_at=info.ready_at - info.start_s,
-            gpus=gpus_of(info, self._work.model, self._work.pool),
-        )
         before = self._parcel.notes  # of the generations that the shard has behind it
         latency = Histogram.of(self._latencies) + Histogram.from_dict(before.get("latency_s", {}))
         ttft = Histogram.of(a.ttft_s for a in answers if a.ttft_s is not None)
@@ -186,14 +185,42 @@ class Answering:
             repairs=self._structured.spent.repairs + before.get("repairs", 0),
             repair_tokens=self._structured.spent.tokens + before.get("repair_tokens", 0),
             preemptions=sum(a.preemptions for a in answers) + before.get("preemptions", 0),
-            turns=[*before.get("turns", []), asdict(turn)],
-            replica=turn.replica,
-            engine=info.name,
-            device=info.device,
-            engine_start_s=info.start_s,
-            engine_ready_at=info.ready_at,
-            **{f"engine_{name}": seconds for name, seconds in asdict(info.start_parts).items()},
+            **self._of_engine(now - (since - first), now - (since - last)),
         )
+
+    def _of_engine(self, began_at: float, ended_at: float) -> dict[str, Any]:
+        """The notes on the engine, and on the shard's turn in it, Unix times; those of the generations before where none was needed."""
+        before, here = self._parcel.notes, replica_name()
+        if self._started is None:
+            none = Provenance(
+                run_id="", job="", replica=here, engine="simulated" if self._is_simulated else ""
+            )
+            return {name: before.get(name, getattr(none, name)) for name in _ENGINE_NOTES} | {
+                "turns": before.get("turns", [])
+            }
+        info = self._started.info
+        turn = Turn(
+            generation=self._name,
+            replica=here,
+            began_at=began_at,
+            ended_at=ended_at,
+            engine_began_at=info.ready_at - info.start_s,
+            gpus=gpus_of(info, self._work.model, self._work.pool),
+        )
+        return {
+            "turns": [*before.get("turns", []), asdict(turn)],
+            "replica": here,
+            "engine": info.name,
+            "device": info.device,
+            "engine_start_s": info.start_s,
+            "engine_ready_at": info.ready_at,
+            **{f"engine_{name}": seconds for name, seconds in asdict(info.start_parts).items()},
+        }
+
+    @property
+    def _is_simulated(self) -> bool:
+        """What no report may pass over: kept answers of such an engine are no model's."""
+        return self._work.model.backend == "simulated"
 
     def _answered_prompts(self) -> pa.Table:
         """The prompts for the stages that follow, which need no image any more."""

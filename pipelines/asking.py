@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
 
@@ -39,24 +39,33 @@ class Asking:
         self._numbers = request_numbers
         self._serving: Started | None = None
 
-    async def of(self, parcel: Parcel, started: Started, arrival: int) -> Answering:
-        """A shard's requests; `parcel` comes from the generation before. `arrival`: shards of lower ones go first."""
+    async def of(self, parcel: Parcel, started: Callable[[], Awaitable[Started]], arrival: int) -> Answering:
+        """A shard's requests; `parcel` comes from the generation before. `started`: waits for the engine. `arrival`: shards of
+        lower ones go first."""
         if self._advance is not None:
             parcel = await asyncio.to_thread(self._advance, parcel)
-            self._serving = self._serving or started.serving(self._work)
         wanted = self._kept or self._shared
         keys = await asyncio.to_thread(answer_keys, parcel.prompts, self._work) if wanted else {}
+        recalled = await asyncio.to_thread(self._kept.recall, parcel, keys) if self._kept else {}
+        needs_engine = len(recalled) < len(keys) or not self._work.may_ask_nothing
         return Answering(
             parcel,
             self._work,
-            self._serving or started,
+            self._served_by(await started()) if needs_engine else None,
             self._numbers,
             arrival,
             self._generation.name,
             keys,
-            await asyncio.to_thread(self._kept.recall, parcel, keys) if self._kept else {},
+            recalled,
             await asyncio.to_thread(lambda: self._parser),
         )
+
+    def _served_by(self, started: Started) -> Started:
+        """The engine for this generation."""
+        if self._advance is None:
+            return started
+        self._serving = self._serving or started.serving(self._work)
+        return self._serving
 
     @cached_property
     def _parser(self) -> AnswerParser | None:

@@ -176,6 +176,11 @@ class Work:
             self.equal_prompts == "greedy" and self.sampling.temperature == 0
         )
 
+    @property
+    def may_ask_nothing(self) -> bool:
+        """Whether earlier jobs may have answered all of it, so that its engines start with the first row that is to be asked."""
+        return self.reuse is not None and bool(self.reuse.sources) and self.retry is None
+
     def attempts_key(self, shard: Shard) -> str:
         """Where `pipelines.attempts` records this work's attempts at a shard: each retry's apart from the first run's.
 

@@ -7,6 +7,7 @@
     │   ├── OutputError     the output path: not writable, another job's, inside the input
     │   │   └── PartDamaged     a part that cannot be read as one; `dray verify --repair` moves it away
     │   ├── StorageError    a store that refuses us: credentials, bucket, permissions
+    │   │   └── StorageDenied   it knows us and forbids this request; others it may allow
     │   └── ModelError      the model source: not there, not a model, unknown engine arguments
     ├── RowError            one row: recorded in its part as `error_code` and `error_message`, counted
     ├── ShardError          one shard: tried again up to `errors.max_attempts`
@@ -63,6 +64,10 @@ class PartDamaged(OutputError):
 
 class StorageError(BadInput):
     """A store refuses: no credentials, no such bucket, no permission."""
+
+
+class StorageDenied(StorageError):
+    """A store that knows the credentials forbids this one request: listing a folder, say, whose objects may be read."""
 
 
 class ModelError(BadInput):

@@ -19,7 +19,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import NoReturn
@@ -59,7 +59,8 @@ class Generate:
     """One actor of the pool.
 
     Ray Data calls it for several shards at once, all on one event loop. The engine starts with the actor, beside the
-    first shard's reading; whoever comes first waits for it, and gets the error if it does not start.
+    first shard's reading; whoever comes first waits for it, and gets the error if it does not start. Of a job that may
+    find all its answers kept (`Work.may_ask_nothing`) it starts with the first shard that has a row to ask.
     """
 
     def __init__(
@@ -102,7 +103,10 @@ class Generate:
         """Under way once the engine is dead."""
         self._watchers: tuple[asyncio.Task[None], ...] = ()
         self._starter = ThreadPoolExecutor(1)
-        self._start = self._starter.submit(self._open)
+        self._start: Future[Started] | None = None
+        # A process before this one had an engine, or died while it started: a row asks for it, and may not be taken for the culprit.
+        if not work.may_ask_nothing or _replaced_actor() is not None:
+            self._start = self._starter.submit(self._open)
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         parcel = Parcel.from_batch(batch)
@@ -130,7 +134,10 @@ class Generate:
 
     async def _shard(self, parcel: Parcel) -> Parcel:
         """Every row answered or failed, however often it takes a new engine. Raises what is not one row's fault."""
-        await self._started()
+        if self._start is None:
+            await asyncio.to_thread(self._check)
+        else:
+            await self._started()
         arrival = next(self._arrivals)
         shard, pass_ = self.work.attempts_key(parcel.shard), parcel.notes["pass"]
         async with self._turns.shared():
@@ -157,7 +164,7 @@ class Generate:
         alone = deaths > 0
         deaths += parcel.notes.get("engine_deaths", 0)  # of the pools before
         for asking in self._asking:
-            answering = await asking.of(parcel, await self._started(), arrival)
+            answering = await asking.of(parcel, self._started, arrival)
             async with self._holding(shard, attempt):
                 if alone:  # other engines' answers are not waited for, while this one has nothing else to do
                     await answering.run(answering.answerable)
@@ -171,7 +178,7 @@ class Generate:
         shard, number = self.work.attempts_key(parcel.shard), history.latest
         deaths = len(history.deaths) + parcel.notes.get("engine_deaths", 0)
         for asking in self._asking:
-            answering = await asking.of(parcel, await self._started(), arrival)
+            answering = await asking.of(parcel, self._started, arrival)
             ids = answering.row_ids
             for row in answering.answerable:
                 if ids[row] in history.condemned:
@@ -215,8 +222,9 @@ class Generate:
     # ── the engine's life ───────────────────────────────────────────────────────────────────────────────────────
 
     async def _started(self) -> Started:
-        """The engine, once it is ready. Where it does not start, the next shard finds a new try."""
-        start = self._start
+        """The engine, once it is ready; it starts now if it has not begun to. Where it does not start, the next shard finds a new
+        try."""
+        start = self._start = self._start or self._starter.submit(self._open)
         try:
             return await asyncio.shield(asyncio.wrap_future(start))
         except Exception:
@@ -224,10 +232,20 @@ class Generate:
                 self._start = self._starter.submit(self._open)
             raise
 
-    def _open(self) -> Started:
-        """Blocks until the engine is ready. An engine takes the loop of its first request, not this one."""
+    @property
+    def _ready(self) -> Started | None:
+        """The engine, if it is ready."""
+        start = self._start
+        return start.result() if start is not None and start.done() and not start.exception() else None
+
+    def _check(self) -> None:
+        """What has to hold of this process before it touches a shard."""
         check_code(self.work.code_digest, self.work.code_path)
         check_model_allowed(self.work.model)  # by this machine's own policy
+
+    def _open(self) -> Started:
+        """Blocks until the engine is ready. An engine takes the loop of its first request, not this one."""
+        self._check()
         actor = _replaced_actor()
         if actor is None:
             return self._open_once()
@@ -270,7 +288,8 @@ class Generate:
                         await asyncio.to_thread(self.attempts.withdraw, shard, attempt)
                     else:
                         await asyncio.to_thread(self.attempts.died, shard, attempt, reason)
-            await asyncio.to_thread(self._start.result().engine.kill)
+            if (started := self._ready) is not None:
+                await asyncio.to_thread(started.engine.kill)
         finally:
             self.leave()
 
@@ -297,8 +316,7 @@ class Generate:
     async def _tell_metrics(self) -> None:
         while True:
             await asyncio.sleep(INTERVAL_S)
-            if self._start.done() and not self._start.exception():
-                started = self._start.result()
+            if (started := self._ready) is not None:
                 self._metrics.tell(started.engine, started.gate.in_flight)
 
     async def _heed_stall(self) -> None:
@@ -311,9 +329,8 @@ class Generate:
             now = time.monotonic()
             if now - before > 2 * tick:  # it was this process that stood still
                 awake_since = now
-            if not self._start.done() or self._start.exception():
+            if (started := self._ready) is None:
                 continue
-            started = self._start.result()
             gate = started.gate
             quiet = now - max(started.engine.last_token_at, gate.busy_since, awake_since)
             if gate.in_flight and quiet > limit:

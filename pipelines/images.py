@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from pipelines.errors import RowError, StorageError
+from pipelines.errors import RowError, StorageDenied, StorageError
 from pipelines.storage import Storage
 from pipelines.template import one_line
 
@@ -46,6 +46,24 @@ class Image:
     def sha256(self) -> bytes:
         """What it is known by, 32 bytes."""
         return hashlib.sha256(self.data).digest()
+
+
+def check_folder(folder: str, options: Mapping[str, Any]) -> None:
+    """Raise StorageError where no image can lie below `input.images_folder`: nothing does, or the store does not take the
+    credentials. A folder that may be read and not listed passes. Raises TransientStorageError where a store does not answer.
+    """
+    key = "input.images_folder"
+    try:
+        empty = Storage(folder, options).is_empty()
+    except StorageDenied:
+        return
+    except StorageError as error:
+        raise StorageError(f"{key}: {error}") from None
+    if empty:
+        raise StorageError(
+            f"{key}: {folder}: nothing lies below it; correct the path, or leave the key out where no row names an image by "
+            "its path"
+        )
 
 
 class ImageReader:
@@ -88,6 +106,10 @@ class ImageReader:
             data = storage.read_range(name, 0, MAX_BYTES + 1)
         except FileNotFoundError:
             raise _bad(f"{_short(path)}: there is no such file") from None
+        except StorageDenied as error:
+            raise _bad(
+                f"{_short(path)}: {one_line(error)}; where it may not be listed, a store says so of missing objects too"
+            ) from None
         except StorageError as error:  # it may be this one object that we are refused
             raise _bad(f"{_short(path)}: {one_line(error)}") from None
         except OSError as error:

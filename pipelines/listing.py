@@ -44,6 +44,7 @@ def list_files(
     needed: frozenset[str] = frozenset(),
     known: Mapping[str, InputFile] | None = None,
     images: frozenset[str] = frozenset(),
+    messages: frozenset[str] = frozenset(),
 ) -> list[InputFile]:
     """The files that `input.path` names, entry by entry, by path within an entry, each once.
 
@@ -51,7 +52,7 @@ def list_files(
     companions of data such as README.md. An output of Dray stands for its `data/`. `needed`: columns beside
     `input.columns` that will be read, for `data_bytes`. `known`: files of the plan by path; those still at their
     planned version are returned as they are, without a look at their footers. `images`: those of the columns that hold
-    images of prompts. Raises InputError (no such path, nothing there, an ending that tells no format, a damaged footer).
+    images of prompts; `messages`: those that hold messages, with images among their parts. Raises InputError (no such path, nothing there, an ending that tells no format, a damaged footer).
     """
     entries = [settings.path] if isinstance(settings.path, str) else settings.path
     found: dict[str, InputFile] = {}
@@ -59,7 +60,7 @@ def list_files(
         for file in _entry(entry, settings):
             found.setdefault(file.path, file)
     files = [_if_known(file, known or {}) for file in found.values()]
-    return _estimated(_with_footers(files, settings, needed, images), settings, images)
+    return _estimated(_with_footers(files, settings, needed, images, messages), settings, images, messages)
 
 
 def _if_known(file: InputFile, known: Mapping[str, InputFile]) -> InputFile:
@@ -188,10 +189,14 @@ def _file(storage: Storage, info: ObjectInfo, settings: InputSettings, *, named:
 
 
 def _with_footers(
-    files: Sequence[InputFile], settings: InputSettings, needed: frozenset[str], images: frozenset[str]
+    files: Sequence[InputFile],
+    settings: InputSettings,
+    needed: frozenset[str],
+    images: frozenset[str],
+    messages: frozenset[str],
 ) -> list[InputFile]:
     columns = wanted_columns(settings, needed)
-    seen = images if columns is None else images.intersection(columns)
+    seen, told = (names if columns is None else names.intersection(columns) for names in (images, messages))
     options: dict[str, Any] = settings.storage_options
     schemas: dict[Any, Any] = {}  # thousands of files share one schema object
 
@@ -200,14 +205,15 @@ def _with_footers(
             return file
         footer = footer_of(file.path, options)
         check_names(file.path, footer.schema.names)
+        in_messages = [footer.message_images(name) for name in told]
         return replace(
             file,
             rows=footer.rows,
             estimated_rows=footer.rows,
             row_groups=footer.row_groups,
             data_bytes=footer.data_bytes(columns),
-            image_bytes=footer.data_bytes(seen),
-            images=sum(map(footer.values, seen)),
+            image_bytes=footer.data_bytes(seen) + sum(size for _, size in in_messages),
+            images=sum(map(footer.values, seen)) + sum(count for count, _ in in_messages),
             schema=schemas.setdefault(footer.schema, footer.schema),
         )
 
@@ -216,7 +222,7 @@ def _with_footers(
 
 
 def _estimated(
-    files: Iterable[InputFile], settings: InputSettings, images: frozenset[str]
+    files: Iterable[InputFile], settings: InputSettings, images: frozenset[str], messages: frozenset[str]
 ) -> list[InputFile]:
     """Text files with a guess at their rows, unpacked bytes and images."""
     files = list(files)
@@ -224,7 +230,7 @@ def _estimated(
         group = [file for file in files if file.format == format_ and not file.estimated_rows and file.size]
         if not group:
             continue
-        guess = density(group, settings, images)
+        guess = density(group, settings, images, messages)
         for i, file in enumerate(files):
             if file.format == format_ and not file.estimated_rows and file.size:
                 files[i] = guess.estimate(file)

@@ -3,6 +3,8 @@ that it becomes with the answer."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,6 +92,23 @@ def _part(number: int, part: Any) -> str | Message:
             f"message {number}: content part of type {kind!r}; only text and images are supported",
         )
     return text
+
+
+def image_sources(messages: Any) -> list[Any]:
+    """What the images among the parts of messages, or of their JSON text, are read from; none of what is no messages."""
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError):
+            return []
+    found = []
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, list) else ():
+            with contextlib.suppress(RowError):
+                read = _part(0, part)
+                found += [read[SOURCE]] if isinstance(read, Mapping) and SOURCE in read else []
+    return found
 
 
 def _says_something(message: Message) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
@@ -25,6 +25,9 @@ from pydantic import Field, PositiveInt, ValidationError
 from pipelines.errors import DrayError, SpecError
 from pipelines.policy_sources import (
     evasive_problems,
+    foreign_code_problems,
+    imports_of,
+    obscure_problems,
     plugins_of,
     revision_of,
     sources_of,
@@ -43,9 +46,10 @@ class TrustedCode(Settings):
     """A model that may run code of its own."""
 
     source: Text
-    """The model's source, or the path of a parser's plugin, in full: no pattern."""
+    """The model's source, the path of a parser's plugin, or what an engine argument imports (`acme.workers.Worker`), in full: no pattern."""
     revision: Text | None = None
-    """The job's `model.revision` must be this one: a commit, or the `sha256:…` of a URL's. Only a local folder or plugin, which the platform keeps itself, goes without."""
+    """The job's `model.revision` must be this one: a commit, or the `sha256:…` of a URL's. Only a local folder or plugin and what is
+    imported, which the platform keeps itself, go without."""
 
 
 class ModelsPolicy(Settings):
@@ -54,7 +58,7 @@ class ModelsPolicy(Settings):
     allow: list[Text] | None = None
     """Patterns of fnmatch over hub ids, folders and URLs; null: any."""
     trust_remote_code: list[TrustedCode] = Field(default_factory=list)
-    """Models whose own code may run, and plugins of parsers."""
+    """Models whose own code may run, plugins of parsers, and what engine arguments may import."""
 
 
 class PoolPolicy(Settings):
@@ -81,8 +85,10 @@ class StoragePolicy(Settings):
 
 
 class Policy(Settings):
-    """All of it; an empty one allows everything but a model's own code, plugins of its parsers included."""
+    """All of it; an empty one allows everything but code: a model's own, plugins of its parsers, and what engine arguments import."""
 
+    forbids_imports: ClassVar[bool] = True
+    """Whether code that engine arguments name has to be in `models.trust_remote_code`."""
     models: ModelsPolicy = ModelsPolicy()
     """Which models."""
     pool: PoolPolicy = PoolPolicy()
@@ -93,11 +99,17 @@ class Policy(Settings):
     """Which stores."""
 
 
+class NoPolicy(Policy):
+    """What holds where `DRAY_POLICY` is not set: an empty policy, under which engine arguments may import what they like."""
+
+    forbids_imports: ClassVar[bool] = False
+
+
 def read_policy() -> Policy:
     """The policy of this process. Raises SpecError for one that cannot be read or understood."""
     place = os.environ.get(VARIABLE)
     if not place:
-        return Policy()
+        return NoPolicy()
     try:
         storage, name = locate(place)
         tree = yaml.safe_load(storage.read(name))
@@ -127,14 +139,13 @@ def model_problems(policy: Policy, model: ModelSettings) -> list[str]:
             )
     for key, path in plugins_of(model):
         problems += _code_problems(policy, key, path, None)
+    if policy.forbids_imports:
+        problems += obscure_problems(model) + _import_problems(policy, model)
     if trusts(model):
         for key, source in sources_of(model):
             said = f"model.engine.trust_remote_code: {key}"
             problems += _code_problems(policy, said, source, revision_of(key, model))
-        if model.engine.get("code_revision") not in (None, model.revision):
-            problems.append(
-                "model.engine.code_revision: code is only trusted of model.revision; leave it out"
-            )
+        problems += foreign_code_problems(model)
     if allowed is not None or trusts(model):
         problems += evasive_problems(model)
         problems += _options_problems(policy, "model", model.storage_options)
@@ -148,6 +159,17 @@ def _code_problems(policy: Policy, key: str, source: str, revision: str | None) 
     return [
         f"{key} {source} with {at} may not run code of its own here; only the platform's policy ({VARIABLE}) can allow "
         "that, by models.trust_remote_code for that very source and revision"
+    ]
+
+
+def _import_problems(policy: Policy, model: ModelSettings) -> list[str]:
+    """What is imported has no revision: it is installed where the engine runs. A path has to be a whole one."""
+    trusted = {entry.source for entry in policy.models.trust_remote_code if entry.revision is None}
+    return [
+        f"{key}: {name} is code that the platform's policy ({VARIABLE}) does not allow; leave it out, or have it allowed by "
+        f"models.trust_remote_code for that very name, as {{source: {name}}}"
+        for key, name in imports_of(model)
+        if name not in trusted or ("/" in name and not os.path.isabs(name))
     ]
 
 

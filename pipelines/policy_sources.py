@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipelines.model_weights import streams_weights
 from pipelines.settings import ModelSettings
 
 _DRAFTER = "model.engine.speculative_config.model"
+_PLUGIN = "reasoning_parser_plugin"
+
+#: Where vLLM imports what a job names, or unpickles what lies there: engine arguments, and keys at any depth below them
+#: (`resolve_obj_by_qualname` and `import_module` in vLLM 0.26 and 0.32).
+_CODE = frozenset(
+    {
+        "backend",  # of compilation_config; names without a dot are torch's and vLLM's own, there and elsewhere
+        "cache_dir",  # of compilation_config: compiled graphs
+        "distributed_executor_backend",
+        "inductor_passes",
+        "log_config_file",  # `logging.config.dictConfig`, whose factories are any callable
+        "logits_processors",
+        "model_class_overrides",
+        "policy",  # of a tier of kv_transfer_config
+        "pylogging_config_file",
+    }
+)
+#: worker_cls, worker_extension_cls, scheduler_cls, encoder_cache_manager_cls, backpressure_cls …, io_processor_plugin,
+#: kv_connector_module_path, spec_module_path …
+_CODE_ENDINGS = ("_cls", "_plugin", "module_path")
+#: What the model's own configuration and its processor are told: no names of classes.
+_NO_CODE_BELOW = frozenset({"hf_overrides", "mm_processor_kwargs", "override_generation_config"})
 
 
 def sources_of(model: ModelSettings) -> list[tuple[str, str]]:
@@ -22,8 +44,16 @@ def sources_of(model: ModelSettings) -> list[tuple[str, str]]:
         ("model.lora.source", model.lora.source if model.lora else None),
         ("model.engine.hf_config_path", engine.get("hf_config_path")),
         ("model.engine.generation_config", None if generation in ("auto", "vllm") else generation),
-        ("model.engine.spec_model", engine.get("spec_model")),
-        (_DRAFTER, _mapping(engine, "speculative_config").get("model")),
+        ("model.engine.download_dir", engine.get("download_dir")),  # what lies there passes for the hub's
+        ("model.engine.mm_encoder_fp8_scale_path", engine.get("mm_encoder_fp8_scale_path")),
+        *((key, None if _is_proposer(model) else drafter) for key, drafter in _drafters(engine)),
+        *(
+            (
+                f"model.engine.model_loader_extra_config.{name}",
+                _mapping(engine, "model_loader_extra_config").get(name),
+            )
+            for name in ("tensorizer_uri", "tensorizer_dir")
+        ),
         *(
             (f"model.engine.default_mm_loras.{name}", source)
             for name, source in _mapping(engine, "default_mm_loras").items()
@@ -53,12 +83,74 @@ def trusts(model: ModelSettings) -> bool:
 
 def plugins_of(model: ModelSettings) -> list[tuple[str, str]]:
     """(key, path) of the files of Python that the engine would run besides the model's own."""
-    name, within = "reasoning_parser_plugin", "structured_outputs_config"
+    within = "structured_outputs_config"
     given = [
-        (f"model.engine.{name}", model.engine.get(name)),
-        (f"model.engine.{within}.{name}", _mapping(model.engine, within).get(name)),
+        (f"model.engine.{_PLUGIN}", model.engine.get(_PLUGIN)),
+        (f"model.engine.{within}.{_PLUGIN}", _mapping(model.engine, within).get(_PLUGIN)),
     ]
     return [(key, str(path)) for key, path in given if path]
+
+
+def imports_of(model: ModelSettings) -> list[tuple[str, str]]:
+    """(key, name) of whatever else the engine would import or unpickle because the job names it, vLLM's own code aside.
+
+    A name is an import path (`acme.workers.Worker`, `acme.logits:Bias`), an installed plugin's, or the path of a file or folder.
+    """
+    found = list(_named_code(model.engine, "model.engine"))
+    if _is_proposer(model):
+        found += [(key, str(drafter)) for key, drafter in _drafters(model.engine) if drafter]
+    return found
+
+
+def _named_code(given: Mapping[str, Any], at: str) -> Iterator[tuple[str, str]]:
+    for name, value in given.items():
+        plain = str(name).replace("-", "_")
+        if plain in _NO_CODE_BELOW or plain == _PLUGIN:
+            continue
+        if plain in _CODE or plain.endswith(_CODE_ENDINGS):
+            whole = plain.endswith(("_plugin", "module_path"))  # an import path even without a dot
+            yield from ((f"{at}.{name}", text) for text in _texts(value) if _is_code(text, whole=whole))
+        else:
+            inner = value if isinstance(value, (list, tuple)) else [value]
+            for element in inner:
+                if isinstance(element, Mapping):
+                    yield from _named_code(element, f"{at}.{name}")
+
+
+def _is_code(text: str, *, whole: bool) -> bool:
+    """Whether a name is code of somebody else's: vLLM's own, and the short names that it knows, are not."""
+    if not text or text.startswith(("vllm.", "vllm:")):
+        return False
+    return whole or any(mark in text for mark in ".:/")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        for element in value:
+            yield from _texts(element)
+    elif isinstance(value, str):
+        yield value
+    elif callable(value):  # a job may be given from Python
+        yield f"{value.__module__}.{value.__qualname__}"
+
+
+def _drafters(engine: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [
+        ("model.engine.spec_model", engine.get("spec_model")),
+        (_DRAFTER, _mapping(engine, "speculative_config").get("model")),
+    ]
+
+
+def _is_proposer(model: ModelSettings) -> bool:
+    """Whether the draft "model" is a class that vLLM imports, as `SpeculativeConfig.__post_init__` decides it."""
+    engine = model.engine
+    method = engine.get("spec_method") or _mapping(engine, "speculative_config").get("method")
+    if method:
+        return bool(method == "custom_class")
+    names = [str(drafter).split(".") for _, drafter in _drafters(engine) if drafter]
+    return any(len(parts) > 1 and all(part.isidentifier() for part in parts) for parts in names)
 
 
 def unreadable_problems(model: ModelSettings) -> list[str]:
@@ -68,6 +160,19 @@ def unreadable_problems(model: ModelSettings) -> list[str]:
         for key in ("speculative_config", "default_mm_loras", "structured_outputs_config")
         if model.engine.get(key) and not isinstance(model.engine[key], Mapping)
     ]
+
+
+def obscure_problems(model: ModelSettings) -> list[str]:
+    """Engine arguments in which names of code could hide, one line each; where a policy is in force."""
+    problems = [
+        f"model.engine.{key}: must be a mapping, not its text, under the platform's policy"
+        for key, value in model.engine.items()
+        if isinstance(value, str) and value.lstrip().startswith("{")
+    ]
+    overrides = model.engine.get("hf_overrides")
+    if overrides and not isinstance(overrides, (Mapping, str)):
+        problems.append("model.engine.hf_overrides: must be a mapping under the platform's policy")
+    return problems
 
 
 def evasive_problems(model: ModelSettings) -> list[str]:
@@ -81,6 +186,18 @@ def evasive_problems(model: ModelSettings) -> list[str]:
                 f"{key}: {source} is a folder relative to the working directory; the platform's policy takes absolute "
                 "paths, URLs and hub ids"
             )
+    extra = _mapping(model.engine, "model_loader_extra_config")
+    pattern = str(extra.get("pattern") or "")  # of `load_format: sharded_state`, joined to the model's folder
+    if os.path.isabs(pattern) or ".." in pattern.split("/"):
+        problems.append(
+            f"model.engine.model_loader_extra_config.pattern: {pattern} leads out of the model's folder, which the "
+            "platform's policy does not allow"
+        )
+    if extra.get("s3_endpoint"):
+        problems.append(
+            "model.engine.model_loader_extra_config.s3_endpoint: not allowed under the platform's policy, it may choose "
+            "another store; leave it out"
+        )
     if trusts(model) and streams_weights(model.engine) and "://" in model.source:
         problems.append(
             "model.engine.load_format: with trust_remote_code the engine may not read a URL itself, unchecked; leave "
@@ -89,10 +206,58 @@ def evasive_problems(model: ModelSettings) -> list[str]:
     return problems
 
 
+def foreign_code_problems(model: ModelSettings) -> list[str]:
+    """Where trusted code would be taken from elsewhere than the trusted source and revision, one line each."""
+    engine, drafter = model.engine, _mapping(model.engine, "speculative_config")
+    processor = _mapping(engine, "mm_processor_kwargs")
+    revisions = [
+        ("code_revision", engine.get("code_revision"), model.revision, "model.revision"),
+        (
+            "mm_processor_kwargs.code_revision",
+            processor.get("code_revision"),
+            model.revision,
+            "model.revision",
+        ),
+        (
+            "speculative_config.code_revision",
+            drafter.get("code_revision"),
+            drafter.get("revision"),
+            "its revision",
+        ),
+    ]
+    problems = [
+        f"model.engine.{key}: code is only trusted of {of}; leave it out"
+        for key, given, revision, of in revisions
+        if given not in (None, revision)
+    ]
+    if processor.get("cache_dir"):
+        problems.append(
+            "model.engine.mm_processor_kwargs.cache_dir: may hold other code than the trusted; leave it out"
+        )
+    if _names_code_map(engine.get("hf_overrides")):
+        problems.append(
+            "model.engine.hf_overrides: an `auto_map` may name code of another model; code is only trusted of the model "
+            "that models.trust_remote_code of the platform's policy names; leave it out"
+        )
+    return problems
+
+
+def _names_code_map(overrides: Any) -> bool:
+    """Whether `auto_map` stands anywhere in overrides of a model's configuration; it says which module is whose class."""
+    if not isinstance(overrides, Mapping):
+        return False
+    return "auto_map" in overrides or any(_names_code_map(value) for value in overrides.values())
+
+
 def _is_folder(source: str) -> bool:
     return source.startswith((".", "~")) or os.path.isdir(source)
 
 
 def _mapping(engine: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An engine argument that is a mapping, its keys as vLLM reads them: `a-b` of a speculative_config is `a_b`."""
     given = engine.get(key)
-    return given if isinstance(given, Mapping) else {}
+    return (
+        {str(name).replace("-", "_"): value for name, value in given.items()}
+        if isinstance(given, Mapping)
+        else {}
+    )

@@ -19,6 +19,16 @@ from pipelines.wording import first_line
 _BATCH = 4096
 #: Read-ahead per column when a shard wants only a piece of a large row group.
 _BUFFER = 1 << 20
+#: How lists stand in a leaf's path, by several writers.
+_LISTS = ("list", "element", "item", "array", "bag", "array_element")
+#: Where a part of a message says which image it is (`messages.checked`).
+_SOURCES = (
+    ["content", "image_url", "url"],
+    ["content", "image_url"],
+    ["content", "image"],
+    ["content", "url"],
+    ["content", "path"],
+)
 
 
 class Footer:
@@ -47,6 +57,19 @@ class Footer:
         for chunk in self._chunks(column):
             of_leaf[chunk.path_in_schema] = of_leaf.get(chunk.path_in_schema, 0) + chunk.num_values
         return max(of_leaf.values(), default=0)
+
+    def message_images(self, column: str) -> tuple[int, int]:
+        """(images among the parts of a column of messages, bytes that name or hold them), by the parts' fields that say which image;
+        (0, 0) of messages as JSON text, and of files whose statistics count no nulls."""
+        images = size = 0
+        for chunk in self._chunks(column):
+            inside = [
+                name for name in chunk.path_in_schema.removeprefix(column).split(".") if name not in _LISTS
+            ]
+            if inside[1:] in _SOURCES and chunk.is_stats_set and chunk.statistics.has_null_count:
+                images += chunk.num_values - chunk.statistics.null_count
+                size += chunk.total_uncompressed_size
+        return images, size
 
     def _chunks(self, column: str) -> Iterator[pq.ColumnChunkMetaData]:
         for i in range(self._metadata.num_row_groups):

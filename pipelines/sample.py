@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pipelines.contracts import InputFile
 from pipelines.errors import InputError
+from pipelines.messages import image_sources
 from pipelines.read_csv import INTEGER, NUMBER, header_names, parse
 from pipelines.read_jsonl import JSON_TEXT
 from pipelines.settings import InputSettings
@@ -105,11 +106,14 @@ class Density:
 
 
 def density(
-    files: Sequence[InputFile], settings: InputSettings, images: Collection[str] = frozenset()
+    files: Sequence[InputFile],
+    settings: InputSettings,
+    images: Collection[str] = frozenset(),
+    messages: Collection[str] = frozenset(),
 ) -> Density:
     """From the first `DENSITY_BYTES` of a few of the files (of one format), or more where no line ends in them.
 
-    `images`: columns that hold some.
+    `images`: columns that hold some; `messages`: columns of messages whose parts may.
     """
     rows, size, packing = 0, 0, [1.0]
     seen, image_bytes = 0, 0
@@ -121,10 +125,13 @@ def density(
         rows += max(len(sample.whole_lines()), 1)  # a CSV record with line breaks counts as several: a guess
         if file.compression == "gzip":
             packing.append(sample.packing)
-        for record in _records(file, sample) if images else ():
+        for record in _records(file, sample) if images or messages else ():
             for value in (record[name] for name in images if record.get(name) is not None):
                 seen += len(value) if isinstance(value, list) else 1
                 image_bytes += len(str(value))
+            for source in (source for name in messages for source in image_sources(record.get(name))):
+                seen += 1
+                image_bytes += len(str(source))
     return Density(
         row_bytes=max(size / max(rows, 1), 1.0),
         packing=sum(packing[1:]) / len(packing[1:]) if packing[1:] else 4.0,

@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, BinaryIO, cast
 
-from pipelines.errors import OutputError, StorageError
+from pipelines.errors import OutputError, StorageDenied, StorageError
 from pipelines.storage_backend import Backend, ObjectInfo, VersionChanged
 from pipelines.storage_faults import explained
 from pipelines.storage_local import LocalBackend
@@ -97,6 +97,14 @@ class Storage:
             ObjectInfo(name=f"{folder}/{i.name}", size=i.size, version=i.version, modified=i.modified)
             for i in found
         ]
+
+    def is_empty(self) -> bool:
+        """Whether nothing lies below `root`; one small request, however much does. Raises StorageDenied where it may not be
+        listed."""
+        if self._is_http:
+            raise StorageDenied(f"{self.root}: HTTP servers have no listing")
+        with explained(self.root):
+            return self._backend.is_empty(self._base or "/")
 
     def info(self, name: str) -> ObjectInfo:
         """Size and version of one object."""

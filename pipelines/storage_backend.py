@@ -31,6 +31,9 @@ class Backend(Protocol):
     def list(self, folder: str) -> list[ObjectInfo]:
         """Everything below `folder`, named relative to it; empty when there is no such folder."""
 
+    def is_empty(self, folder: str) -> bool:
+        """Whether nothing lies below `folder`, or there is no such folder; one small request, however much lies there."""
+
     def info(self, path: str) -> ObjectInfo:
         """FileNotFoundError when missing."""
 

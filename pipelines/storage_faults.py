@@ -20,7 +20,7 @@ import tenacity
 from botocore import exceptions as boto
 
 from pipelines import scopes
-from pipelines.errors import DrayError, StorageError, StorageFull, TransientStorageError
+from pipelines.errors import DrayError, StorageDenied, StorageError, StorageFull, TransientStorageError
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -86,6 +86,8 @@ _REFUSALS = {
     "IllegalLocationConstraintException": "the bucket is in another region; set AWS_REGION",
     "EntityTooLarge": "the object is larger than the store takes in one piece",
 }
+#: Of these the codes that say nothing against the credentials as such.
+_DENIED = {"AccessDenied", "403"}
 _FULL = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "no space left in the disk quota",
@@ -188,7 +190,8 @@ def explain(error: BaseException, url: str) -> DrayError | None:
         if code in ("NoSuchKey", "NoSuchUpload", "404", "NoSuchVersion"):
             return None
         said = _REFUSALS.get(code) or _REFUSALS.get(str(status)) or "the store refused the request"
-        return StorageError(f"{url}: {said} ({code})")
+        kind = StorageDenied if code in _DENIED or (status == 403 and code not in _REFUSALS) else StorageError
+        return kind(f"{url}: {said} ({code})")
     if isinstance(error, _NO_CREDENTIALS):
         return StorageError(
             f"no S3 credentials found for {url}: {_CREDENTIALS_WAY}; `anon: true` for public buckets"
@@ -210,11 +213,14 @@ def explain(error: BaseException, url: str) -> DrayError | None:
     if isinstance(error, OSError) and error.errno in _FULL:
         return StorageFull(f"{url}: {_FULL[error.errno]}; free some and run the same command again")
     if isinstance(error, OSError) and error.errno in _LOCAL_REFUSALS:
-        return StorageError(f"{url}: {_LOCAL_REFUSALS[error.errno]}")
+        kind = StorageDenied if error.errno == errno.EACCES else StorageError
+        return kind(f"{url}: {_LOCAL_REFUSALS[error.errno]}")
     if isinstance(error, PermissionError):
-        return StorageError(f"{url}: {_REFUSALS['AccessDenied']}")
-    if any(getattr(error, name, None) in (401, 403) for name in ("status", "code", "status_code")):
-        return StorageError(f"{url}: {_REFUSALS['403']}")
+        return StorageDenied(f"{url}: {_REFUSALS['AccessDenied']}")
+    statuses = {getattr(error, name, None) for name in ("status", "code", "status_code")}
+    if statuses & {401, 403}:
+        kind = StorageDenied if 403 in statuses else StorageError
+        return kind(f"{url}: {_REFUSALS['403']}")
     return None
 
 

@@ -26,6 +26,13 @@ class LocalBackend:
     def list(self, folder: str) -> list[ObjectInfo]:
         return sorted(_walk(folder, "", set()), key=lambda info: info.name)
 
+    def is_empty(self, folder: str) -> bool:
+        try:
+            with os.scandir(folder) as entries:
+                return next(entries, None) is None
+        except FileNotFoundError:
+            return True
+
     def info(self, path: str) -> ObjectInfo:
         stat = os.stat(path)
         if not os.path.isfile(path):

@@ -63,6 +63,18 @@ class OtherBackend:
 
         return persist(find, self._patience_s)
 
+    def is_empty(self, folder: str) -> bool:
+        def ask() -> bool:
+            fs = self._fs()
+            fs.invalidate_cache()
+            try:
+                fs.info(folder)  # gcsfs and adlfs list a single name for it; an `ls` would list all
+            except FileNotFoundError:
+                return True
+            return False
+
+        return persist(ask, self._patience_s)
+
     def info(self, path: str) -> ObjectInfo:
         def ask() -> ObjectInfo:
             fs = self._fs()

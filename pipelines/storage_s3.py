@@ -85,8 +85,7 @@ class S3Backend:
         self._patience_s = patience_s
 
     def list(self, folder: str) -> list[ObjectInfo]:
-        bucket, prefix = _split(folder)
-        prefix = prefix.rstrip("/") + "/" if prefix else ""
+        bucket, prefix = _folder(folder)
         found: list[ObjectInfo] = []
         page: dict[str, Any] = {}
         more: dict[str, str] = {}
@@ -99,6 +98,12 @@ class S3Backend:
                 if not item["Key"].endswith("/")  # markers that consoles make for empty folders
             ]
         return sorted(found, key=lambda info: info.name)
+
+    def is_empty(self, folder: str) -> bool:
+        bucket, prefix = _folder(folder)
+        # two: the first may be the folder's own marker, which consoles make
+        page = self._ask("list_objects_v2", f"s3://{folder}", Bucket=bucket, Prefix=prefix, MaxKeys=2)
+        return all(item["Key"] == prefix for item in page.get("Contents", ()))
 
     def info(self, path: str) -> ObjectInfo:
         head = self._head(path)
@@ -286,6 +291,12 @@ def _allowed_s(size: int) -> float:
 def _split(path: str) -> tuple[str, str]:
     bucket, _, key = path.partition("/")
     return bucket, key
+
+
+def _folder(path: str) -> tuple[str, str]:
+    """Bucket, and what the keys below a folder begin with."""
+    bucket, prefix = _split(path)
+    return bucket, prefix.rstrip("/") + "/" if prefix else ""
 
 
 def _place(path: str) -> dict[str, str]:

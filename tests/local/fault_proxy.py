@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 Fault = Literal[
     "slow_down",
+    "deny",
     "error_500",
     "conflict",
     "reset_before",
@@ -70,7 +71,7 @@ class FaultProxy:
     def fail(self, fault: Fault, times: int = 1, method: str = "", query: str = "") -> None:
         """The next `times` requests of `method` whose path and query contain `query` meet `fault`:
 
-        - slow_down, error_500, conflict: an S3 error (503, 500, 409) without asking the server
+        - slow_down, deny, error_500, conflict: an S3 error (503, 403, 500, 409) without asking the server
         - reset_before, reset_after: the connection is reset before, or after, the server has done its work
         - reset_within: half of the request's body is read, and the connection is reset
         - cut: half of the answer's body, then the end of the connection
@@ -144,6 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(length_in)
         if fault == "slow_down":
             return self._refuse(503, "SlowDown")
+        if fault == "deny":
+            return self._refuse(403, "AccessDenied")
         if fault == "error_500":
             return self._refuse(500, "InternalError")
         if fault == "conflict":

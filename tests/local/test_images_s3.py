@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import images as module
-from pipelines.errors import RowError, TransientStorageError
-from pipelines.images import ImageReader
+from pipelines.errors import RowError, StorageError, TransientStorageError
+from pipelines.images import ImageReader, check_folder
 from pipelines.storage import Storage
 from tests.local.fault_proxy import FaultProxy
 from tests.local.runs import job, rows_of
@@ -87,6 +87,45 @@ def test_a_store_that_does_not_answer_is_no_rows_fault(s3: S3Server, monkeypatch
         proxy.fail("slow_down", times=1000)
         with pytest.raises(TransientStorageError):
             reader.read([["red.png"]])
+
+
+def test_a_folder_that_cannot_be_read_is_refused_before_any_row(
+    s3: S3Server, rclone_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, options = rclone_server.new_bucket(), rclone_server.storage_options
+    folder = uploaded(rclone_server, bucket).root
+    for server in (rclone_server, s3):
+        check_folder(uploaded(server, server.new_bucket()).root, server.storage_options)
+    for place, given, said in (
+        (folder, {**options, "secret": "another"}, f"{folder}: the secret key does not match"),
+        (folder, {**options, "key": "another"}, f"{folder}: the store does not know this access key"),
+        (f"s3://{bucket}-gone/pictures", options, f"s3://{bucket}-gone/pictures: the bucket does not exist"),
+        (f"s3://{bucket}/picture", options, f"s3://{bucket}/picture: nothing lies below it"),
+        (f"{s3.url}/pictures", s3.storage_options, f"{s3.url}/pictures: nothing lies below it"),
+    ):
+        with pytest.raises(StorageError, match=rf"^input.images_folder: {said}"):
+            check_folder(place, given)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(StorageError, match=r"^input.images_folder: no S3 credentials found"):
+        check_folder(folder, {"endpoint_url": rclone_server.endpoint_url})
+
+
+def test_a_folder_that_may_be_read_but_not_listed_is_taken(s3: S3Server) -> None:
+    folder = uploaded(s3, s3.bucket).root
+    with FaultProxy(s3.endpoint_url) as proxy:
+        options = {**s3.storage_options, "endpoint_url": proxy.url}
+        proxy.fail("deny", times=1000, query="list-type=2")
+        check_folder(folder, options)
+        assert proxy.count("GET", "max-keys=2") == 1  # however much lies there
+        ((red,),) = ImageReader(folder, options).read([["red.png"]])
+        assert red.data == RED
+        proxy.fail("deny", times=1000, query="gone.png")  # what S3 says then of an object that is not there
+        said = message(ImageReader(folder, options), "gone.png")
+        assert "access denied" in said
+        assert "a store says so of missing objects too" in said
 
 
 def test_a_job_reads_images_with_its_inputs_credentials(rclone_server: S3Server, tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from jobs import load
+from jobs import load, plan
 from jobs.cli import main
 from jobs.preview import preview
 from jobs.proposal import check_images
 from jobs.reuse import KEPT, kept_in
 from pipelines import images as module
 from pipelines import vision
-from pipelines.errors import InputError, RowError, SpecError
+from pipelines.errors import InputError, RowError, SpecError, StorageError
 from pipelines.image_turns import has_images, places_images, takes_parts_only, with_images
 from pipelines.images import Image, ImageReader, digests_of, images_array, images_of, without_data
 from pipelines.lengths import IMAGE_TOKENS, Lengths
@@ -35,6 +35,34 @@ from tests.unit.stages import Output, generated, planned, run
 
 RED, BLUE = image("red"), image("blue")
 URL = f"data:image/png;base64,{base64.b64encode(RED).decode()}"
+
+
+# ── Where images lie ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_of_images_that_is_not_there_is_refused_before_anything_starts(
+    tmp_path: Path, there: bool
+) -> None:
+    """`dray plan`, and `dray preview` as well; an existing folder without a file says no less."""
+    pq.write_table(pa.table({"text": ["What?"], "seen": ["red.png"]}), tmp_path / "x.parquet")
+    settings = job(
+        tmp_path / "x.parquet",
+        tmp_path / "out",
+        input={"images_folder": str(tmp_path / "pictures")},
+        prompt={"template": "{{ text }}", "images_column": "seen"},
+        model={"source": str(vision_tokenizer(tmp_path / "model"))},
+    )
+    if there:
+        (tmp_path / "pictures").mkdir()
+    for look in (plan, lambda one: preview(one, rows=1, generate=False)):
+        with pytest.raises(
+            StorageError, match=rf"^input.images_folder: {tmp_path}/pictures: nothing lies below it; correct"
+        ):
+            look(load(settings))
+    (tmp_path / "pictures").mkdir(exist_ok=True)
+    (tmp_path / "pictures" / "red.png").write_bytes(RED)
+    assert plan(load(settings)).plan.shards
 
 
 # ── What is an image ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -374,6 +402,18 @@ def test_shards_are_as_large_as_the_engines_work_and_not_as_the_images(tmp_path:
         tmp_path, model, rows, out=tmp_path / "later", prompt={"template": "{{ text }}"}, steps=[step]
     )
     assert [shard.rows for shard in planned(later).plan.shards] == [shard.rows for shard in shards]
+    # And by whatever name it calls them.
+    step = {"generate": {"column": "more", "prompt": {"template": "a", "images_column": "picture"}}}
+    renamed = settings(
+        tmp_path,
+        model,
+        rows,
+        out=tmp_path / "renamed",
+        prompt={"template": "{{ text }}"},
+        output={"rename": {"seen": "pictures"}},
+        steps=[{"explode": {"column": "pictures", "into": "picture"}}, step],
+    )
+    assert [shard.rows for shard in planned(renamed).plan.shards] == [shard.rows for shard in shards]
 
 
 def test_validating_says_what_the_plan_says_of_images(tmp_path: Path, model: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import load
+from jobs.inspect import report_of
 from jobs.reuse import KEPT, kept_in, reuse_of
+from pipelines.contracts import Retry
 from pipelines.errors import SpecError
+from pipelines.generate import Generate
 from pipelines.part import read_part
+from pipelines.prepare import Prepare
 from pipelines.shard_stats import ShardStats
+from pipelines.stage import Parcel
 from tests.local.runs import TINY, job, rows_of
-from tests.unit.stages import Output, planned, run
+from tests.unit.stages import Output, merge, planned, run
 
 GREEDY = {"temperature": 0, "max_tokens": 24}
 SAMPLED = {"temperature": 0.8, "max_tokens": 24, "n": 2}
@@ -77,6 +84,56 @@ def test_the_same_job_elsewhere_asks_nothing(tmp_path: Path, sampling: dict[str,
     assert content(again) == content(first)
     third = answered(tmp_path, "third", "again", sampling=sampling)  # what was taken over is kept as well
     assert stats_of(third).rows_reused == 12
+
+
+@pytest.mark.parametrize("steps", [[], [judge("Rate")]], ids=["one generation", "two"])
+def test_an_engine_starts_with_the_first_row_that_is_to_be_asked(
+    tmp_path: Path, steps: list[dict[str, Any]]
+) -> None:
+    questions(tmp_path / "in", [f"What is {k}?" for k in range(12)])
+    first = answered(tmp_path, "first", sampling=SAMPLED, steps=steps)
+    long = [*steps, {"filter": {"where": "completion_tokens >= 4"}}]
+    again = answered(tmp_path, "again", "first", sampling=SAMPLED, steps=long)
+    assert stats_of(again).latency_s.count == 0
+    for shard in again.plan.shards:
+        made = read_part(again.storage, shard.part_name).footer.provenance
+        assert (made.turns, made.engine_ready_at, made.device) == ((), 0.0, "")
+        # Nobody is to take a simulated engine's answers for a model's.
+        assert made.engine == "simulated"
+    report = report_of(again.storage)
+    assert (report.engines, report.simulated, report.engine_use) == (("simulated",), True, ())
+
+    questions(tmp_path / "in", ["What is new?", "And what else?"], "y.parquet")
+    output = planned(job(tmp_path / "in", tmp_path / "grown", **again_with(sampling=SAMPLED, steps=long)))
+    work = output.work("grown", f"reuse.outputs=[{tmp_path}/first]")
+    found = kept_in(work, output.plan, output.plan.shards)
+    prepare, actor = Prepare(work), Generate(work)
+
+    async def through() -> list[bool]:
+        started = []
+        for shard in output.plan.shards:
+            row = Parcel.row(shard, **{"pass": 0, "kept_in": found.get(shard.id, ())})
+            merge(work, await actor(prepare(pa.Table.from_pylist([row]))))
+            started.append(actor._start is not None)
+        return started
+
+    assert asyncio.run(through()) == [False, False, True]
+    assert {key: row for key, row in content(output).items() if key in content(again)} == content(again)
+    made = [read_part(output.storage, shard.part_name).footer.provenance for shard in output.plan.shards]
+    turns = [[turn.generation for turn in one.turns] for one in made]
+    assert turns == [[], [], ["", *(["generate"] if steps else [])]]
+    # The engine's start, before which two shards are done, is not in the time of generating.
+    assert report_of(output.storage).generating_s == made[2].committed_at - made[2].engine_ready_at
+    assert stats_of(first).latency_s.count == (12 if not steps else 36)
+
+    # Else with the actor, beside the first shard's reading; and in a retry, which takes no kept answers.
+    for other in (first.work("r"), replace(work, retry=Retry(error_codes=None, fingerprint=""))):
+        assert Generate(other)._start is not None
+
+
+def again_with(**sections: Any) -> dict[str, Any]:
+    """A job like those of `answered` that shards its files apart."""
+    return {"shards": {"rows": 6}, "reuse": {"keep": True}, **sections}
 
 
 def test_equal_prompts_beside_each_other_have_one_answer_each(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from collections.abc import Iterable
@@ -236,6 +237,41 @@ def test_images_are_told_from_text(tmp_path: Path) -> None:
     (file,) = list_files(InputSettings(path=f"{tmp_path}/c.csv"), images=frozenset({"seen"}))
     assert file.images == pytest.approx(500, rel=0.02)
     assert file.image_bytes == pytest.approx(500 * 55, rel=0.02)
+
+
+def test_images_in_messages_are_told_from_text(tmp_path: Path) -> None:
+    """As JSON in lines, as JSON text in CSV, and as structs in Parquet; a text part and a part without its url are none."""
+    url = "data:image/png;base64," + "A" * 3000
+
+    def chat(images: int) -> list[dict[str, Any]]:
+        seen: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for _ in range(images)]
+        return [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [*seen, {"type": "text", "text": "word " * 40}]},
+        ]
+
+    chats = [chat(number % 3) for number in range(300)]  # 300 images
+    told = frozenset({"chat"})
+    text(tmp_path / "a.jsonl", lines(*({"chat": one} for one in chats)))
+    text(tmp_path / "b.jsonl", lines(*({"chat": json.dumps(one)} for one in chats)))
+    with (tmp_path / "c.csv").open("w", newline="") as out:
+        csv.writer(out).writerows([["chat"], *([json.dumps(one)] for one in chats)])
+    for name in ("a.jsonl", "b.jsonl", "c.csv"):
+        (file,) = list_files(InputSettings(path=f"{tmp_path}/{name}"), messages=told)
+        assert file.images == pytest.approx(300, rel=0.1), name
+        assert file.image_bytes == pytest.approx(300 * 3022, rel=0.1), name
+        assert list_files(InputSettings(path=f"{tmp_path}/{name}"))[0].images == 0
+
+    part = pa.struct(
+        [("type", pa.string()), ("text", pa.string()), ("image_url", pa.struct([("url", pa.string())]))]
+    )
+    kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(part))]))
+    typed = pa.array([one[1:] for one in chats[:-1]] + [None], kind)
+    path = parquet(tmp_path / "d.parquet", pa.table({"chat": typed, "n": range(300)}), row_group_size=70)
+    (file,) = list_files(InputSettings(path=path), messages=told)
+    assert file.images == 298
+    assert 0 < file.image_bytes < file.data_bytes
+    assert list_files(InputSettings(path=path, columns=["n"]), messages=told)[0].images == 0
 
 
 def test_known_files_are_not_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

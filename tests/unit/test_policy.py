@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from jobs.loading import load
 from jobs.policy import check_pool
+from pipelines.engine_args import DRAY_SETS, known_engine_args
 from pipelines.errors import SpecError
 from pipelines.policy import check_model_allowed
 from pipelines.settings import ModelSettings, PoolSettings
@@ -222,3 +224,146 @@ def test_a_listing_pins_no_code(policy: Any) -> None:
     policy(f"models: {{trust_remote_code: [{{source: 's3://m/own', revision: '{revision}'}}]}}")
     own = {"source": "s3://m/own", "revision": revision, "engine": {"trust_remote_code": True}}
     assert "may not run code of its own" in refusal(job(model=own))
+
+
+CODE: list[tuple[dict[str, Any], str, str]] = [
+    ({"worker_cls": "acme.w.Worker"}, "worker_cls", "acme.w.Worker"),
+    ({"worker_extension_cls": "acme.w.More"}, "worker_extension_cls", "acme.w.More"),
+    ({"scheduler_cls": "acme.s.Scheduler"}, "scheduler_cls", "acme.s.Scheduler"),
+    ({"distributed_executor_backend": "acme.e.Executor"}, "distributed_executor_backend", "acme.e.Executor"),
+    ({"logits_processors": ["vllm.v1.x:Own", "acme.l:Bias"]}, "logits_processors", "acme.l:Bias"),
+    ({"model_class_overrides": {"Qwen2ForCausalLM": "acme.m:M"}}, "model_class_overrides", "acme.m:M"),
+    ({"io_processor_plugin": "acme"}, "io_processor_plugin", "acme"),
+    ({"log_config_file": "/etc/acme.json"}, "log_config_file", "/etc/acme.json"),
+    (
+        {"logging_config": {"pylogging_config_file": "/etc/acme.json"}},
+        "logging_config.pylogging_config_file",
+        "/etc/acme.json",
+    ),
+    ({"compilation_config": {"backend": "acme.c.backend"}}, "compilation_config.backend", "acme.c.backend"),
+    (
+        {"compilation_config": {"inductor_passes": {"p": "acme.c.fuse"}}},
+        "compilation_config.inductor_passes",
+        "acme.c.fuse",
+    ),
+    ({"compilation_config": {"cache_dir": "/tmp/graphs"}}, "compilation_config.cache_dir", "/tmp/graphs"),
+    (
+        {"ec_manager_config": {"encoder_cache_manager_cls": "acme.e.Cache"}},
+        "ec_manager_config.encoder_cache_manager_cls",
+        "acme.e.Cache",
+    ),
+    (
+        {"ec_transfer_config": {"ec_connector": "C", "ec_connector_module_path": "acme"}},
+        "ec_transfer_config.ec_connector_module_path",
+        "acme",
+    ),
+    (
+        {"kv_transfer_config": {"kv_connector_extra_config": {"connectors": [{"kv_connector_module_path": "acme"}]}}},
+        "kv_transfer_config.kv_connector_extra_config.connectors.kv_connector_module_path",
+        "acme",
+    ),
+    (
+        {"speculative_config": {"method": "custom_class", "model": "acme.d.Proposer"}},
+        "speculative_config.model",
+        "acme.d.Proposer",
+    ),
+    ({"spec_model": "acme.d.Proposer", "spec_tokens": 3}, "spec_model", "acme.d.Proposer"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("engine", "key", "name"), CODE)
+def test_code_that_an_engine_argument_names_has_to_be_allowed(
+    policy: Any, monkeypatch: pytest.MonkeyPatch, engine: dict[str, Any], key: str, name: str
+) -> None:
+    own = job(model={"engine": engine})
+    policy("{}")
+    said = refusal(own)
+    assert f"model.engine.{key}: {name} is code that the platform's policy" in said
+    assert f"{{source: {name}}}" in said
+    policy(f"models: {{allow: ['Qwen/*'], trust_remote_code: [{{source: '{name}'}}]}}")
+    load(own)
+    policy(f"models: {{trust_remote_code: [{{source: '{name}', revision: {SHA}}}]}}")
+    assert "is code that" in refusal(own)  # what is imported has no revision
+    monkeypatch.delenv("DRAY_POLICY")
+    load(own)
+
+
+def test_what_vllm_brings_itself_is_nobody_elses_code(policy: Any) -> None:
+    policy("models: {allow: ['Qwen/*']}")
+    engine = {
+        "worker_cls": "vllm.v1.worker.gpu_worker.Worker",
+        "distributed_executor_backend": "mp",
+        "compilation_config": {"backend": "inductor", "cudagraph_mode": "FULL"},
+        "attention_config": {"backend": "FLASH_ATTN"},
+        "hf_overrides": {"rope_cls": "a.b", "max_position_embeddings": 8192},
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "model": "Qwen/x.y"},
+        "kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"},
+    }
+    load(job(model={"engine": engine}))
+
+
+def test_code_does_not_hide_in_text(policy: Any) -> None:
+    policy("{}")
+    for key in ("compilation_config", "kv_transfer_config", "hf_overrides"):
+        said = refusal(job(model={"engine": {key: ' {"backend": "acme.c.backend"}'}}))
+        assert f"model.engine.{key}: must be a mapping, not its text" in said
+
+
+def test_a_path_that_is_imported_is_a_whole_one(policy: Any) -> None:
+    policy("models: {trust_remote_code: [{source: ./log.json}]}")
+    assert "is code that" in refusal(job(model={"engine": {"log_config_file": "./log.json"}}))
+
+
+def test_places_that_weights_and_caches_come_from_are_sources(policy: Any) -> None:
+    policy("models: {allow: ['Qwen/*', /models/hub]}")
+    load(job(model={"engine": {"download_dir": "/models/hub"}}))
+    extra = "model_loader_extra_config"
+    for engine, said in (
+        ({"download_dir": "/tmp/hub"}, "download_dir: /tmp/hub is not allowed here"),
+        ({"mm_encoder_fp8_scale_path": "/tmp/s"}, "mm_encoder_fp8_scale_path: /tmp/s is not allowed here"),
+        ({extra: {"tensorizer_uri": "s3://a/m"}}, f"{extra}.tensorizer_uri: s3://a/m is not allowed here"),
+        ({extra: {"pattern": "/tmp/*.safetensors"}}, f"{extra}.pattern"),
+        ({extra: {"s3_endpoint": "http://elsewhere"}}, f"{extra}.s3_endpoint"),
+        ({"speculative_config": {"method": "eagle", "model": "acme.d"}}, "acme.d is not allowed here"),
+    ):
+        assert said in refusal(job(model={"engine": engine}))
+
+
+def test_trusted_code_is_that_of_the_model_itself(policy: Any) -> None:
+    policy(f"models: {{trust_remote_code: [{{source: acme/own, revision: {SHA}}}]}}")
+
+    def own(**engine: Any) -> dict[str, Any]:
+        trusting = {"trust_remote_code": True, **engine}
+        return job(model={"source": "acme/own", "revision": SHA, "engine": trusting})
+
+    load(own(hf_overrides={"max_position_embeddings": 4096}))
+    nested = {"text_config": {"auto_map": {"AutoConfig": "other/repo--c.C"}}}
+    assert "hf_overrides: an `auto_map`" in refusal(own(hf_overrides=nested))
+    for key in ("code_revision", "cache_dir"):
+        assert f"mm_processor_kwargs.{key}" in refusal(own(mm_processor_kwargs={key: "other"}))
+    drafter = {"model": "acme/own", "revision": SHA, "code-revision": "main", "num_speculative_tokens": 2}
+    assert "speculative_config.code_revision" in refusal(own(speculative_config=drafter))
+
+
+#: Engine arguments of vLLM 0.32 whose names sound of code or files, and why the policy says nothing of them.
+HARMLESS = {
+    "allowed_local_media_path": "images reach the engine as bytes",
+    "allowed_media_domains": "likewise",
+    "hf_config_path": "a source",
+    "download_dir": "a source",
+    "mm_encoder_fp8_scale_path": "a source",
+    "mm_encoder_fp8_scale_save_path": "is written",
+    "hf_overrides": "values of the model's configuration, `auto_map` aside",
+}
+
+
+def test_no_engine_argument_of_the_installed_vllm_names_code_past_the_policy(policy: Any) -> None:
+    known = known_engine_args()
+    if known is None:
+        pytest.skip("vLLM is not installed")
+    sounds = re.compile(r"(_path|_file|_dir|_cls|_class|_plugin|_processors|_overrides|_module|_uri|_url)$")
+    policy("{}")
+    for name in sorted(known - HARMLESS.keys() - DRAY_SETS.keys()):
+        if sounds.search(name):
+            said = refusal(job(model={"engine": {name: "acme.code:Thing"}}))
+            assert f"model.engine.{name}" in said

@@ -31,6 +31,7 @@ class StorageContract:
     """What every store does; a subclass gives the fixture `storage`, an empty one."""
 
     def test_an_empty_storage_has_nothing(self, storage: Storage) -> None:
+        assert storage.is_empty()
         assert storage.list() == []
         assert storage.list("data") == []
         assert not storage.exists("a")
@@ -45,6 +46,12 @@ class StorageContract:
         assert not storage.create("data/part.parquet", b"second")
         assert not storage.create("data/part.parquet", b"first"), "equal content is no excuse"
         assert storage.read("data/part.parquet") == b"first"
+
+    def test_one_object_at_any_depth_is_not_nothing(self, storage: Storage) -> None:
+        storage.write("deep/er/a", b"1")
+        assert not storage.is_empty()
+        assert not Storage(storage.url("deep"), storage.options).is_empty()
+        assert Storage(storage.url("dee"), storage.options).is_empty()
 
     def test_create_after_delete(self, storage: Storage) -> None:
         assert storage.create("a", b"1")
