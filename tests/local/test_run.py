@@ -231,7 +231,7 @@ def test_a_job_that_begins_to_fail_stops_and_keeps_what_is_committed(tmp_path: P
     assert 10 < found["shards_committed"] < 20
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").glob("*.parquet")}
 
-    report = run(load(settings, ["errors.window_rows=null"]))
+    report = run(load(settings, ["errors.window_rows=null", "model.simulated.tokens_per_s=1e6"]))
     assert report.stats.rows_failed == 80
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
