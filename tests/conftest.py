@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import pytest
 from hypothesis import settings
@@ -80,6 +82,17 @@ for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
 os.environ.update(_THREADS | _LOOPBACK | _ENGINE)
 
 
+def _no_fsync(descriptor: int) -> None:
+    """Nothing that a test can see: what has been written is there for everybody but a machine that lost its power.
+
+    Each small file that a job in this process writes would wait for the disk twice. Other processes do wait.
+    """
+    os.fstat(descriptor)
+
+
+os.fsync = _no_fsync
+
+
 @cache
 def no_gpu() -> str | None:
     """Why GPU tests cannot run here; None where they can."""
@@ -101,6 +114,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="takes a minute or more: CI runs it, and CI=1 make test"))
         if item.get_closest_marker("gpu") and (reason := no_gpu()):
             item.add_marker(pytest.mark.skip(reason=reason))
+    if not any(item.get_closest_marker("local") or item.get_closest_marker("gpu") for item in items):
+        # As in the stages that only tokenise (`pipelines.tokenizer.do_without_torch`): transformers would import it for 4 s.
+        sys.modules.setdefault("torch", cast("ModuleType", None))
     # Two processes that share the tests end together if the last of them are short.
     places = {CLUSTERS: 0, "local": 1, "proof": 2}
     items.sort(key=lambda item: places.get(scope_of(item.nodeid), places.get(item.path.parent.name, 3)))
