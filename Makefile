@@ -59,7 +59,7 @@ out/demo-input/questions/.made: examples/questions.py | $(PROJECT)
 
 .PHONY: test
 test: $(DEV) ## Run all tests: unit, golden, and local with real Ray, vLLM and S3 (GPU tests where there is one)
-	@$(BIN)/pytest --numprocesses=2 --dist=loadscope $(ARGS)
+	@$(BIN)/pytest --numprocesses=2 --dist=loadscope --no-loadscope-reorder $(ARGS)
 
 .PHONY: test-fast
 test-fast: $(DEV) ## Run the quick unit and golden tests only

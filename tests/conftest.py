@@ -9,14 +9,34 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import pytest
 from hypothesis import settings
 
 HERE = Path(__file__).parent
+
+#: Of tests/local what starts no Ray: an engine in the test's own process, a server, the command line, or nothing.
+WITHOUT_RAY = frozenset(
+    f"tests/local/test_{name}.py"
+    for name in (
+        "bad_input",
+        "bad_places",
+        "doctor",
+        "hub",
+        "images_s3",
+        "models",
+        "parsers",
+        "report_page",
+        "scopes_vllm",
+        "storage_s3",
+        "vllm_engine",
+    )
+)
 
 # Drivers, Ray workers and engines run side by side on few cores: each computes on one thread.
 _THREADS = {
@@ -62,6 +82,16 @@ for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
 os.environ.update(_THREADS | _LOOPBACK | _ENGINE)
 
 
+def _no_fsync(file: Any) -> None:
+    """Nothing that a test can see: what has been written is there for everybody but a machine that lost its power.
+
+    Each small file that a job in this process writes would wait for the disk twice. Other processes do wait.
+    """
+
+
+os.fsync = _no_fsync
+
+
 @cache
 def no_gpu() -> str | None:
     """Why GPU tests cannot run here; None where they can."""
@@ -74,7 +104,7 @@ def no_gpu() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their folder, and skip what this machine cannot run, with the reason."""
+    """Mark tests by their folder, skip what this machine cannot run, with the reason, and put the long ones first."""
     for item in items:
         folder = item.path.relative_to(HERE).parts[0]
         if folder in ("local", "gpu"):
@@ -83,17 +113,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="takes a minute or more: CI runs it, and CI=1 make test"))
         if item.get_closest_marker("gpu") and (reason := no_gpu()):
             item.add_marker(pytest.mark.skip(reason=reason))
+    if not any(item.get_closest_marker("local") or item.get_closest_marker("gpu") for item in items):
+        # As in the stages that only tokenise (`pipelines.tokenizer.do_without_torch`): transformers would import it for 4 s.
+        sys.modules.setdefault("torch", cast("ModuleType", None))
+    # Two processes that share the tests end together if the last of them are short.
+    places = {CLUSTERS: 0, "local": 1, "proof": 2}
+    items.sort(key=lambda item: places.get(scope_of(item.nodeid), places.get(item.path.parent.name, 3)))
+
+
+CLUSTERS = "clusters"
+
+
+def scope_of(nodeid: str) -> str:
+    """What one process runs from beginning to end: all that start Ray, another local file, or one test."""
+    file = nodeid.partition("::")[0]
+    if not file.startswith(("tests/local/", "tests/gpu/")):
+        return nodeid
+    return file if file in WITHOUT_RAY else CLUSTERS
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `--dist=loadscope`: tests that start clusters and engines one after the other in one process, all others beside."""
+    """With `--dist=loadscope`: tests that start Ray one after the other in one process, all others beside."""
     if config.getvalue("dist") != "loadscope":
         return None
     from xdist.scheduler import LoadScopeScheduling
 
-    class ClustersTogether(LoadScopeScheduling):
+    class ByScope(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "clusters" if nodeid.startswith(("tests/local/", "tests/gpu/")) else nodeid
+            return scope_of(nodeid)
 
-    return ClustersTogether(config, log)
+    return ByScope(config, log)

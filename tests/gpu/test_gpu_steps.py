@@ -16,7 +16,7 @@ from tests.local.bare_vllm import bare_pooling
 from tests.local.runs import REAL, dray, job, rows_of, write_questions
 from tests.local.test_model_steps import ENGINE as ON_CPU
 from tests.local.test_model_steps import LABELS, logprobs
-from tests.local.test_parsers import REASONED
+from tests.local.test_reasoning import REASONED
 from tests.tiny_models import classifier, embedding_model, thinking_model
 
 pytestmark = pytest.mark.timeout(400)

@@ -9,16 +9,19 @@ import pytest
 
 from jobs import load, run
 from tests.local.runs import job, write_questions
+from tests.unit.stages import committed
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished job with several parts."""
     folder = tmp_path_factory.mktemp("readers")
     write_questions(folder / "in", rows=300, files=3)
-    run(load(job(folder / "in", folder / "out", shards={"rows": 50})))
+    settings = job(folder / "in", folder / "out", shards={"rows": 50})
+    committed(settings)
+    run(load(settings))
     return folder / "out"
 
 

@@ -20,6 +20,7 @@ from jobs.target import job_of
 from pipelines.errors import ErrorBudgetSpent, OutputError, SpecError
 from pipelines.storage import Storage
 from tests.local.runs import DRAY, REAL, ROOT, content, dray, job, rows_of, write_questions
+from tests.unit.stages import committed
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(400)]
 
@@ -43,6 +44,7 @@ def settings(folder: Path, target: str = "out", **sections: Any) -> dict[str, An
 def test_an_output_over_its_budget_gets_within_it(tmp_path: Path) -> None:
     write_rows(tmp_path / "in", rows=100)
     out, storage = tmp_path / "out", Storage(str(tmp_path / "out"))
+    committed(settings(tmp_path))
     run(load(settings(tmp_path), ["errors.max_error_rate=1"]))
     strict = "errors.max_error_rate=0.01"
     stored = (out / ".dray" / "spec.json").read_bytes()
@@ -91,7 +93,7 @@ def test_an_output_over_its_budget_gets_within_it(tmp_path: Path) -> None:
 
 def test_what_a_retry_may_not_change_is_one_line(tmp_path: Path) -> None:
     write_rows(tmp_path / "in", rows=20)
-    run(load(settings(tmp_path), ["errors.max_error_rate=1"]))
+    committed(settings(tmp_path))
     out = str(tmp_path / "out")
     for override, words in {
         "input.filter=kind == 'sums'": "input.filter: nothing → ",

@@ -15,10 +15,10 @@ import ray
 
 import pipelines.run
 from jobs import load, run
-from jobs.report import Report
 from pipelines.contracts import Work
 from pipelines.shared_answers import ShelfThere, shelf_beside_driver
 from tests.local.runs import content, job
+from tests.unit.stages import committed
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -27,12 +27,12 @@ ASKED = [f"What is {n * n % 97 % 40}?" for n in range(240)]
 DISTINCT = len(set(ASKED))
 
 
-def ran(folder: Path, name: str, **sections: Any) -> Report:
+def asking(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
     (folder / "in").mkdir(exist_ok=True)
     pq.write_table(pa.table({"question": ASKED}), folder / "in" / "x.parquet")
     simulated = {"tokens_per_s": 2000, "min_tokens": 24, "max_tokens": 24}
     more = {"pool": {"replicas": 2, "cpus_per_engine": 1}, "shards": {"rows": 20}, **sections}
-    return run(load(job(folder / "in", folder / name, model={"simulated": simulated}, **more)))
+    return job(folder / "in", folder / name, model={"simulated": simulated}, **more)
 
 
 def engines_of(output: Path) -> set[str]:
@@ -43,11 +43,12 @@ def engines_of(output: Path) -> set[str]:
 def test_two_engines_ask_equal_prompts_once(tmp_path: Path) -> None:
     greedy = {"temperature": 0, "max_tokens": 24}
     again = {"generate": {"column": "again", "prompt": {"template": "{{ question }}?"}, "sampling": greedy}}
-    stats = ran(tmp_path, "shared", steps=[again]).stats
+    stats = run(load(asking(tmp_path, "shared", steps=[again]))).stats
     assert len(engines_of(tmp_path / "shared")) == 2
     assert (stats.latency_s.count, stats.rows_reused) == (2 * DISTINCT, 480 - 2 * DISTINCT)
-    alone = ran(tmp_path, "alone", steps=[again], reuse={"equal_prompts": "none"})
-    assert alone.stats.latency_s.count == 480
+    alone = asking(tmp_path, "alone", steps=[again], reuse={"equal_prompts": "none"})
+    committed(alone)
+    assert run(load(alone)).stats.latency_s.count == 480
     assert content(tmp_path / "shared") == content(tmp_path / "alone")
 
 
@@ -64,6 +65,6 @@ def test_a_job_goes_on_without_the_actor_that_its_engines_share_by(
             yield shelf
 
     monkeypatch.setattr(pipelines.run, "shelf_beside_driver", killed)
-    report = ran(tmp_path, "out")
+    report = run(load(asking(tmp_path, "out")))
     assert (report.state, report.stats.rows_ok) == ("complete", 240)
     assert report.stats.latency_s.count > DISTINCT

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -87,42 +88,49 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 
 @pytest.fixture(scope="module")
-def bare(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    """Bare vLLM's answers by engine and sampling."""
+def bare(task: Task) -> Answers:
+    """Bare vLLM's answers by family and sampling."""
+    return yardstick(task, {family: (family, ARGS, list(SAMPLING)) for family in FAMILIES})
 
-    def calls(family: str, names: list[str]) -> list[dict[str, Any]]:
-        return [
-            {
-                "sampling": SAMPLING[name],
-                "prompts": task.prompts[family],
-                "seeds": task.seeds if name in SEEDED else None,
-            }
-            for name in names
-        ]
 
-    engines: list[tuple[str, dict[str, Any], list[str]]]
-    engines = [(family, ARGS, list(SAMPLING)) for family in FAMILIES]
-    engines.append(("byte_level", {**TP2, "distributed_executor_backend": "mp"}, ["greedy"]))
-    requests: list[dict[str, Any]] = [
-        {"args": {"model": str(task.models[family]), **args}, "calls": calls(family, names)}
-        for family, args, names in engines
+@pytest.fixture
+def bare_tp2(task: Task) -> Answers:
+    """Of two ranks: two more processes, each of which imports vLLM for 7 s."""
+    return yardstick(task, {"tp2": ("byte_level", {**TP2, "distributed_executor_backend": "mp"}, ["greedy"])})
+
+
+def yardstick(task: Task, engines: dict[str, tuple[str, dict[str, Any], list[str]]]) -> Answers:
+    """What bare vLLM answers, by the name of the engine: of a family, with these arguments, to each of these samplings."""
+    requests = [
+        {
+            "args": {"model": str(task.models[family]), **args},
+            "calls": [
+                {
+                    "sampling": SAMPLING[name],
+                    "prompts": task.prompts[family],
+                    "seeds": task.seeds if name in SEEDED else None,
+                }
+                for name in names
+            ],
+        }
+        for family, args, names in engines.values()
     ]
-    folder = tmp_path_factory.mktemp("bare")
-    (folder / "requests.json").write_text(json.dumps(requests))
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    script = [sys.executable, "-m", "tests.local.vllm_token_yardstick"]
-    done = subprocess.run(
-        [*script, str(folder / "requests.json"), str(folder / "answers.json")],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    by_engine = json.loads((folder / "answers.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answers = Path(folder) / "requests.json", Path(folder) / "answers.json"
+        asked.write_text(json.dumps(requests))
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.local.vllm_token_yardstick", str(asked), str(answers)],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        by_engine = json.loads(answers.read_text())
     return {
         key: dict(zip(names, answered, strict=True))
-        for key, (_, _, names), answered in zip([*FAMILIES, "tp2"], engines, by_engine, strict=True)
+        for (key, (_, _, names)), answered in zip(engines.items(), by_engine, strict=True)
     }
 
 
@@ -365,13 +373,15 @@ async def test_a_missing_model_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @in_module_loop
-async def test_two_ranks_equal_bare_vllm_with_two_ranks_and_die_together(task: Task, bare: Answers) -> None:
+async def test_two_ranks_equal_bare_vllm_with_two_ranks_and_die_together(
+    task: Task, bare_tp2: Answers
+) -> None:
     engine = VLLMEngine(_settings(task, "byte_level", TP2), SamplingSettings(**SAMPLING["greedy"]), CPU)
     before = _children()
     await engine.start()
     try:
         answers = await ask(engine, SamplingSettings(**SAMPLING["greedy"]), task, "byte_level", seeded=False)
-        compare(answers, bare["tp2"]["greedy"], task, "byte_level", "greedy")
+        compare(answers, bare_tp2["tp2"]["greedy"], task, "byte_level", "greedy")
 
         worker = next(p for p in _children() - before if "Worker" in " ".join(p.cmdline()))
         pending = asyncio.ensure_future(engine.generate("pending", [5], None))
