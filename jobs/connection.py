@@ -18,7 +18,7 @@ from pipelines.orphans import outlived
 
 @contextlib.contextmanager
 def connected(cluster: ClusterSettings) -> Iterator[None]:
-    """Connect to a cluster, and leave it afterwards, or end our own to its last process.
+    """Connect to a cluster, and leave it afterwards, or end our own with its workers and engines.
 
     Raises JobError when it does not answer.
 
@@ -31,10 +31,10 @@ def connected(cluster: ClusterSettings) -> Iterator[None]:
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with outlived():
-        _connect(cluster)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own there, which exits with 15
         try:
+            _connect(cluster)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own there, which exits with 15
             yield
         finally:
             ray.shutdown()

@@ -174,6 +174,8 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
         if plan is None:
             raise OutputError(f"{storage.url()} has no plan to resume: use `dray run`")
         return Proposal(job=job, storage=storage, plan=plan, identity=covered)
+    if plan is None:
+        check_images_folder(spec.input)
     files = list_files(spec.input, needed_columns(spec), plan.by_path if plan else None, *image_columns(spec))
     if plan is None:
         schema = input_schema(spec, files)
@@ -189,12 +191,11 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
 
 
 def checked_identity(job: LoadedJob) -> dict[str, Any]:
-    """What the fingerprint of a job covers. Raises BadInput for a model, a prompt function or a folder of images that is not there,
-    and for images that the model does not take."""
+    """What the fingerprint of a job covers. Raises BadInput for a model or a prompt function that is not there, and for images
+    that the model does not take."""
     for model in job.spec.models.values():
         check_model(model)
     check_images(job.spec)
-    check_images_folder(job.spec.input)
     for key, function in job.spec.functions.items():
         load_function(function, own_folders(), key)
     return identity(job, own_folders())

@@ -12,7 +12,7 @@ from rich.table import Table
 from jobs.books import Books
 from jobs.engine_use import EngineUse, engine_use
 from jobs.ledger import Run
-from pipelines.shard_stats import START_PARTS, ShardStats
+from pipelines.shard_stats import START_PARTS, Provenance, ShardStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +104,24 @@ def make_report(
         engine_start_parts={
             name.removeprefix("engine_"): getattr(slowest, name) if slowest else None for name in START_PARTS
         },
-        # Parts whose answers were all kept had none.
-        engines=tuple(
-            sorted({f"{o.engine} on {o.device}" if o.device else o.engine for o in origins if o.engine})
-        ),
+        engines=_engines(origins),
         engine_use=engine_use(origins),
         simulated=any(o.engine == "simulated" for o in origins),
         problems=books.problems,
         runs=tuple(runs),
+    )
+
+
+def _engines(origins: Iterable[Provenance]) -> tuple[str, ...]:
+    """`vllm 0.32.0 on cpu`. Parts whose answers were all kept had none; of those of a simulated one the name is told all the same."""
+    told = {(origin.engine, origin.device) for origin in origins if origin.engine}
+    somewhere = {engine for engine, device in told if device}
+    return tuple(
+        sorted(
+            f"{engine} on {device}" if device else engine
+            for engine, device in told
+            if device or engine not in somewhere
+        )
     )
 
 

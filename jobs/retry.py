@@ -150,7 +150,7 @@ class _RetryDriver(Driver):
         # No word from the error window: that rows fail again is no news. The end judges the whole output.
         merged = footer.retry_by(self.work.run_id)
         if merged is not None:
-            self.meter.take(merged.provenance)
+            self._take_origin(merged.provenance)
             self._count(footer.shard, merged.stats)
 
     def _finish(self, *, strict: bool = True) -> Report:

@@ -30,7 +30,7 @@ from jobs.lock import OutputLock
 from jobs.metering import Meter, Usage
 from jobs.output import succeed, write_card, write_stats
 from jobs.planning import Plan
-from jobs.proposal import propose, work_of
+from jobs.proposal import check_images_folder, propose, work_of
 from jobs.report import Report, make_report
 from jobs.reuse import KEPT, kept_in
 from jobs.shared_ledger import announcer
@@ -44,12 +44,12 @@ from pipelines.errors import (
     JobIncomplete,
     LimitReached,
 )
-from pipelines.generations import with_pools
+from pipelines.generations import pools_of, with_pools
 from pipelines.kept import KeptIn
 from pipelines.metrics import tell_shards
 from pipelines.part import Footer
 from pipelines.run import EngineResources, Outcome, stream
-from pipelines.shard_stats import ShardStats
+from pipelines.shard_stats import Provenance, ShardStats
 from pipelines.stage import Failure
 from pipelines.step_settings import dedup_step
 from pipelines.stop import StopFlag
@@ -133,7 +133,7 @@ COMMIT_S = 5.0
 #: Seconds between two looks at the lock and at requests to stop.
 TICK_S = 0.25
 #: What an engine's start may meet on one node and not on others: a device, a cache folder, a network.
-_OF_ONE_NODE = frozenset({"EngineStartError", "ModelError", "StorageError"})
+_OF_ONE_NODE = frozenset({"EngineStartError", "ModelError", "StorageError", "StorageDenied"})
 
 
 class Driver:
@@ -175,6 +175,10 @@ class Driver:
         self.limits = Limits(job.spec.budget, storage.url())
         self.meter = Meter(work.run_id)
         self.kept_in: KeptIn = {}
+        self.turns = sum(map(len, pools_of(work)))
+        """Of a shard in engines, where no answer was kept."""
+        self.engines_work = False
+        """Whether engines of all generations have answered a shard of this run; answers that were kept say nothing of them."""
 
     def to_the_end(self) -> Report:
         pending = self._pending()
@@ -192,6 +196,7 @@ class Driver:
 
     def _passes(self, pending: list[Shard]) -> None:
         """Stream what is pending until nothing is."""
+        check_images_folder(self.job.spec.input)
         if self.work.reuse is not None:
             self.kept_in = kept_in(self.work, self.plan, pending)
             if self.work.reuse.keep:
@@ -366,7 +371,7 @@ class Driver:
             )
             # One engine of a pool that works already may fail to start: a bad node is not the job's end.
             one_node = failure.stage == "generate" and failure.kind in _OF_ONE_NODE
-            if failure.scope == "job" and not (one_node and self.stats.shards):
+            if failure.scope == "job" and not (one_node and self.engines_work):
                 self.ending = self.ending or failure.to_error()
             self.attempts[outcome.shard_id] += 1
             self.failures[outcome.shard_id] = failure
@@ -384,8 +389,12 @@ class Driver:
             self.retries += stats.engine_deaths
         return True
 
+    def _take_origin(self, origin: Provenance) -> None:
+        self.meter.take(origin)
+        self.engines_work |= len(origin.turns) == self.turns
+
     def _take_footer(self, footer: Footer) -> None:
-        self.meter.take(footer.provenance)
+        self._take_origin(footer.provenance)
         if not self._count(footer.shard, footer.stats):
             return
         try:

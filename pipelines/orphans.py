@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import psutil
 
 _PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 
 _log = logging.getLogger(__name__)
 
@@ -88,23 +88,38 @@ def end_with_this_process() -> None:
 
 @contextlib.contextmanager
 def outlived() -> Iterator[None]:
-    """At the end, wait until all that was started within and is still ending is gone, and with it what it held of a GPU.
+    """At the end, wait until workers and engines that were started within are gone, and with them what they held of a GPU.
 
     Nobody is killed here: that is for the raylet, the kernel and the guards. On Linux a descendant whose own parent ended is
     this process's child meanwhile, so that it can be waited for; elsewhere it is not. Processes of this process's own
-    group are not waited for: a notebook may have started them.
+    group are not waited for: Ray's servers, which hold nothing, and what a notebook may have started.
     """
     before = _descendants()
-    adopts = sys.platform.startswith("linux") and ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1) == 0
+    with _adopting():
+        try:
+            yield
+        finally:
+            _, left = psutil.wait_procs(_descendants() - before, timeout=GONE_S)
+            if left:
+                pids = ", ".join(str(process.pid) for process in left)
+                _log.warning(
+                    "still there after %.0f s, with what they hold of a GPU: processes %s", GONE_S, pids
+                )
+
+
+@contextlib.contextmanager
+def _adopting() -> Iterator[None]:
+    """Orphans among the descendants become this process's children; on Linux."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    libc, was = ctypes.CDLL(None), ctypes.c_int(0)
+    libc.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(was))
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:
         yield
     finally:
-        _, left = psutil.wait_procs(_descendants() - before, timeout=GONE_S)
-        if left:
-            pids = ", ".join(str(process.pid) for process in left)
-            _log.warning("still there after %.0f s, with what they hold of a GPU: processes %s", GONE_S, pids)
-        if adopts:
-            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0)
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, was.value)
 
 
 def _descendants() -> set[psutil.Process]:

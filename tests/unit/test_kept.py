@@ -123,7 +123,9 @@ def test_an_engine_starts_with_the_first_row_that_is_to_be_asked(
     turns = [[turn.generation for turn in one.turns] for one in made]
     assert turns == [[], [], ["", *(["generate"] if steps else [])]]
     # The engine's start, before which two shards are done, is not in the time of generating.
-    assert report_of(output.storage).generating_s == made[2].committed_at - made[2].engine_ready_at
+    report = report_of(output.storage)
+    assert report.generating_s == pytest.approx(made[2].committed_at - made[2].engine_ready_at)
+    assert report.engines == ("simulated on cpu",)
     assert stats_of(first).latency_s.count == (12 if not steps else 36)
 
     # Else with the actor, beside the first shard's reading; and in a retry, which takes no kept answers.

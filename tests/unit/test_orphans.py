@@ -84,10 +84,10 @@ def test_all_descendants_end_with_an_owner_that_is_killed(by: str) -> None:
 _RUN = """
 import subprocess, sys
 from pipelines.orphans import outlived
-left = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3)']).pid, flush=True)"
+orphan = "import sys; sys.stdin.read()"  # until the test lets it go
+child = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', %r]).pid, flush=True)" % orphan
 with outlived():
-    child = subprocess.Popen([sys.executable, "-c", left], start_new_session=True)
-    child.wait()
+    subprocess.run([sys.executable, "-c", child], start_new_session=True)
     print("the work is done", flush=True)
 print("all are gone", flush=True)
 """
@@ -96,11 +96,17 @@ print("all are gone", flush=True)
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has a child subreaper")
 def test_a_run_ends_after_the_last_process_that_it_started() -> None:
-    with subprocess.Popen([sys.executable, "-c", _RUN], cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        [sys.executable, "-c", _RUN], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdin
         assert run.stdout
         orphan = int(run.stdout.readline())
         assert run.stdout.readline() == "the work is done\n"
+        time.sleep(1)
+        assert run.poll() is None
         assert _alive(orphan)
+        run.stdin.close()
         assert run.stdout.readline() == "all are gone\n"
         assert not _alive(orphan)
 
