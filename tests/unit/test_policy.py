@@ -232,7 +232,7 @@ CODE: list[tuple[dict[str, Any], str, str]] = [
     ({"scheduler_cls": "acme.s.Scheduler"}, "scheduler_cls", "acme.s.Scheduler"),
     ({"distributed_executor_backend": "acme.e.Executor"}, "distributed_executor_backend", "acme.e.Executor"),
     ({"logits_processors": ["vllm.v1.x:Own", "acme.l:Bias"]}, "logits_processors", "acme.l:Bias"),
-    ({"model_class_overrides": {"Qwen2ForCausalLM": "acme.m:M"}}, "model_class_overrides", "acme.m:M"),
+    ({"model_class_overrides": {"Qwen2": "acme.m:M"}}, "model_class_overrides.Qwen2", "acme.m:M"),
     ({"io_processor_plugin": "acme"}, "io_processor_plugin", "acme"),
     ({"log_config_file": "/etc/acme.json"}, "log_config_file", "/etc/acme.json"),
     (
@@ -243,8 +243,23 @@ CODE: list[tuple[dict[str, Any], str, str]] = [
     ({"compilation_config": {"backend": "acme.c.backend"}}, "compilation_config.backend", "acme.c.backend"),
     (
         {"compilation_config": {"inductor_passes": {"p": "acme.c.fuse"}}},
-        "compilation_config.inductor_passes",
+        "compilation_config.inductor_passes.p",
         "acme.c.fuse",
+    ),
+    (
+        {"compilation_config": {"inductor_passes": {"hf_overrides": "acme.c.fuse"}}},
+        "compilation_config.inductor_passes.hf_overrides",
+        "acme.c.fuse",
+    ),
+    (
+        {"compilation_config": {"inductor_compile_config": {"cpp.cxx": [None, "/bin/acme"]}}},
+        "compilation_config.inductor_compile_config.cpp.cxx",
+        "/bin/acme",
+    ),
+    (
+        {"compilation_config": {"inductor_compile_config": {"cuda.cutlass_dir": "acme"}}},
+        "compilation_config.inductor_compile_config.cuda.cutlass_dir",
+        "acme",
     ),
     ({"compilation_config": {"cache_dir": "/tmp/graphs"}}, "compilation_config.cache_dir", "/tmp/graphs"),
     (
@@ -260,6 +275,16 @@ CODE: list[tuple[dict[str, Any], str, str]] = [
     (
         {"kv_transfer_config": {"kv_connector_extra_config": {"connectors": [{"kv_connector_module_path": "acme"}]}}},
         "kv_transfer_config.kv_connector_extra_config.connectors.kv_connector_module_path",
+        "acme",
+    ),
+    (
+        {"kv_transfer_config": {"kv_connector_extra_config": {"tiers": [[{"spec-module-path": "acme"}]]}}},
+        "kv_transfer_config.kv_connector_extra_config.tiers.spec-module-path",
+        "acme",
+    ),
+    (
+        {"kv_transfer_config": {"kv_connector_extra_config": {"policy": {"module_path": "acme"}}}},
+        "kv_transfer_config.kv_connector_extra_config.policy.module_path",
         "acme",
     ),
     (
@@ -307,11 +332,33 @@ def test_code_does_not_hide_in_text(policy: Any) -> None:
     for key in ("compilation_config", "kv_transfer_config", "hf_overrides"):
         said = refusal(job(model={"engine": {key: ' {"backend": "acme.c.backend"}'}}))
         assert f"model.engine.{key}: must be a mapping, not its text" in said
+    for text in ('{"module_path": "acme"}', ' [{"module_path": "acme"}]'):
+        deep = {"kv_transfer_config": {"kv_connector_extra_config": {"connectors": [text]}}}
+        said = refusal(job(model={"engine": deep}))
+        assert "kv_connector_extra_config.connectors: must be a mapping, not its text" in said
+    load(job(model={"engine": {"hf_overrides": {"text_config": {"chat": "{}"}}}}))
 
 
-def test_a_path_that_is_imported_is_a_whole_one(policy: Any) -> None:
-    policy("models: {trust_remote_code: [{source: ./log.json}]}")
-    assert "is code that" in refusal(job(model={"engine": {"log_config_file": "./log.json"}}))
+@pytest.mark.parametrize("name", ["graphs", "~evil", "./graphs", "vllm.graphs", "s3://acme/graphs"])
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [(None, "log_config_file"), ("logging_config", "pylogging_config_file"), ("compilation_config", "cache_dir")],
+)  # fmt: skip
+def test_a_file_that_is_code_is_named_by_its_absolute_path(
+    policy: Any, section: str | None, key: str, name: str
+) -> None:
+    """A module may be allowed under a short name; a file of that name in whatever the working directory is may not."""
+    engine = {section: {key: name}} if section else {key: name}
+    for allowed in ("{}", f"models: {{trust_remote_code: [{{source: '{name}'}}]}}"):
+        policy(allowed)
+        said = refusal(job(model={"engine": engine}))
+        assert f"{key}: {name} is code by a path that depends on the working directory" in said
+
+
+def test_torchs_settings_are_numbers(policy: Any) -> None:
+    policy("{}")
+    numbers = {"max_autotune": True, "cpp.dynamic_threads": True, "realize_reads_threshold": 4}
+    load(job(model={"engine": {"compilation_config": {"inductor_compile_config": numbers}}}))
 
 
 def test_places_that_weights_and_caches_come_from_are_sources(policy: Any) -> None:
@@ -361,9 +408,11 @@ def test_no_engine_argument_of_the_installed_vllm_names_code_past_the_policy(pol
     known = known_engine_args()
     if known is None:
         pytest.skip("vLLM is not installed")
-    sounds = re.compile(r"(_path|_file|_dir|_cls|_class|_plugin|_processors|_overrides|_module|_uri|_url)$")
+    imported = re.compile(r"(_cls|_class|_processors|_overrides)$")  # by a dotted path, or not at all
+    read = re.compile(r"(_path|_file|_dir|_plugin|_module|_uri|_url)$")
     policy("{}")
     for name in sorted(known - HARMLESS.keys() - DRAY_SETS.keys()):
-        if sounds.search(name):
-            said = refusal(job(model={"engine": {name: "acme.code:Thing"}}))
+        values = ("acme.code:Thing", "acme", "~acme", "vllm.acme")
+        for value in values if read.search(name) else values[:1] if imported.search(name) else ():
+            said = refusal(job(model={"engine": {name: value}}))
             assert f"model.engine.{name}" in said
