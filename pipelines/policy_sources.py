@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipelines.model_weights import streams_weights
+from pipelines.model_weights import load_format, streams_weights
 from pipelines.settings import ModelSettings
 
 _DRAFTER = "model.engine.speculative_config.model"
+_DRAFT_LOAD = "model.engine.speculative_config.draft_load_config"
+_EXTRA = "model_loader_extra_config"
 _PLUGIN = "reasoning_parser_plugin"
 
 #: Where vLLM imports what a job names (`resolve_obj_by_qualname` and `import_module` in vLLM 0.26 and 0.32), and at any depth below:
@@ -51,15 +53,14 @@ def sources_of(model: ModelSettings) -> list[tuple[str, str]]:
         ("model.lora.source", model.lora.source if model.lora else None),
         ("model.engine.hf_config_path", engine.get("hf_config_path")),
         ("model.engine.generation_config", None if generation in ("auto", "vllm") else generation),
-        ("model.engine.download_dir", engine.get("download_dir")),  # what lies there passes for the hub's
         ("model.engine.mm_encoder_fp8_scale_path", engine.get("mm_encoder_fp8_scale_path")),
         *((key, None if _is_proposer(model) else drafter) for key, drafter in _drafters(engine)),
+        # what lies there passes for the hub's
+        *((f"{at}.download_dir", load.get("download_dir")) for at, load in _loads(engine)),
         *(
-            (
-                f"model.engine.model_loader_extra_config.{name}",
-                _mapping(engine, "model_loader_extra_config").get(name),
-            )
-            for name in ("tensorizer_uri", "tensorizer_dir")
+            (key, text)
+            for key, text in _extra_texts(engine)
+            if key.endswith((".tensorizer_uri", ".tensorizer_dir"))
         ),
         *(
             (f"model.engine.default_mm_loras.{name}", source)
@@ -161,6 +162,19 @@ def _drafters(engine: Mapping[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
+def _loads(engine: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(key, arguments) of what says how weights are loaded: the engine's own, and the draft model's, which replace them."""
+    drafter = _mapping(engine, "speculative_config")
+    return [("model.engine", engine), (_DRAFT_LOAD, _mapping(drafter, "draft_load_config"))]
+
+
+def _extra_texts(engine: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, text) of all that the loaders of weights are told; tensorizer's keys may lie deeper, in its `tensorizer_config`."""
+    for at, load in _loads(engine):
+        for keys, text in _texts(_mapping(load, _EXTRA)):
+            yield ".".join((at, _EXTRA, *keys)), text
+
+
 def _is_proposer(model: ModelSettings) -> bool:
     """Whether the draft "model" is a class that vLLM imports, as `SpeculativeConfig.__post_init__` decides it."""
     engine = model.engine
@@ -173,15 +187,20 @@ def _is_proposer(model: ModelSettings) -> bool:
 
 def unreadable_problems(model: ModelSettings) -> list[str]:
     """Engine arguments that name sources in a form that cannot be looked into, one line each."""
-    return [
-        f"model.engine.{key}: must be a mapping"
-        for key in ("speculative_config", "default_mm_loras", "structured_outputs_config")
-        if model.engine.get(key) and not isinstance(model.engine[key], Mapping)
+    engine = model.engine
+    given = [
+        *(
+            (f"model.engine.{key}", engine.get(key))
+            for key in ("speculative_config", "default_mm_loras", "structured_outputs_config")
+        ),
+        (_DRAFT_LOAD, _mapping(engine, "speculative_config").get("draft_load_config")),
+        *((f"{at}.{_EXTRA}", load.get(_EXTRA)) for at, load in _loads(engine)),
     ]
+    return [f"{key}: must be a mapping" for key, value in given if value and not isinstance(value, Mapping)]
 
 
 def obscure_problems(model: ModelSettings) -> list[str]:
-    """Engine arguments in which names of code could hide, one line each; where a policy is in force."""
+    """Engine arguments in which code could hide, one line each; where a policy is in force."""
     problems = [
         f"{'.'.join(('model.engine', *keys))}: must be a mapping, not its text, under the platform's policy"
         for keys, text in _texts(model.engine)
@@ -190,6 +209,14 @@ def obscure_problems(model: ModelSettings) -> list[str]:
     overrides = model.engine.get("hf_overrides")
     if overrides and not isinstance(overrides, (Mapping, str)):
         problems.append("model.engine.hf_overrides: must be a mapping under the platform's policy")
+    # whoever answers at the socket sends weights, and pickles
+    sockets = [f"{at}.load_format" for at, load in _loads(model.engine) if load_format(load) == "ipc_cache"]
+    sockets += [key for key, _ in _extra_texts(model.engine) if key.endswith((".socket_path", ".socket_dir"))]
+    problems += [
+        f"{key}: a cache of weights (ipc_cache) may send other weights than the model's, and code, which the platform's "
+        "policy does not allow; leave it out"
+        for key in sockets
+    ]
     return problems
 
 
@@ -204,23 +231,23 @@ def evasive_problems(model: ModelSettings) -> list[str]:
                 f"{key}: {source} is a folder relative to the working directory; the platform's policy takes absolute "
                 "paths, URLs and hub ids"
             )
-    extra = _mapping(model.engine, "model_loader_extra_config")
-    pattern = str(extra.get("pattern") or "")  # of `load_format: sharded_state`, joined to the model's folder
-    if os.path.isabs(pattern) or ".." in pattern.split("/"):
-        problems.append(
-            f"model.engine.model_loader_extra_config.pattern: {pattern} leads out of the model's folder, which the "
-            "platform's policy does not allow"
-        )
-    if extra.get("s3_endpoint"):
-        problems.append(
-            "model.engine.model_loader_extra_config.s3_endpoint: not allowed under the platform's policy, it may choose "
-            "another store; leave it out"
-        )
-    if trusts(model) and streams_weights(model.engine) and "://" in model.source:
-        problems.append(
-            "model.engine.load_format: with trust_remote_code the engine may not read a URL itself, unchecked; leave "
-            "load_format out"
-        )
+    for key, text in _extra_texts(model.engine):
+        # of `load_format: sharded_state`, joined to the model's folder
+        if key.endswith(".pattern") and (os.path.isabs(text) or ".." in text.split("/")):
+            problems.append(
+                f"{key}: {text} leads out of the model's folder, which the platform's policy does not allow"
+            )
+        if key.endswith((".s3_endpoint", ".s3_config_path")):
+            problems.append(
+                f"{key}: not allowed under the platform's policy, it may choose another store; leave it out"
+            )
+    loaded = (model.source, *(str(drafter) for _, drafter in _drafters(model.engine)))
+    if trusts(model) and any("://" in source for source in loaded):
+        problems += [
+            f"{at}.load_format: with trust_remote_code the engine may not read a URL itself, unchecked; leave load_format out"
+            for at, load in _loads(model.engine)
+            if streams_weights(load)
+        ]
     return problems
 
 

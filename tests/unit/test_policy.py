@@ -195,6 +195,9 @@ def test_sources_that_are_not_what_they_say(
     load(job(model=own))
     own["engine"] = {"trust_remote_code": True, "load_format": "runai_streamer"}
     assert "model.engine.load_format" in refusal(job(model=own))
+    drafter = {"model": "s3://models/m", "draft_load_config": {"load_format": "runai_streamer"}}
+    own["engine"] = {"trust_remote_code": True, "speculative_config": drafter}
+    assert "draft_load_config.load_format" in refusal(job(model=own))
 
 
 def test_storage_options_choose_no_other_store(policy: Any) -> None:
@@ -361,19 +364,65 @@ def test_torchs_settings_are_numbers(policy: Any) -> None:
     load(job(model={"engine": {"compilation_config": {"inductor_compile_config": numbers}}}))
 
 
-def test_places_that_weights_and_caches_come_from_are_sources(policy: Any) -> None:
-    policy("models: {allow: ['Qwen/*', /models/hub]}")
-    load(job(model={"engine": {"download_dir": "/models/hub"}}))
-    extra = "model_loader_extra_config"
-    for engine, said in (
+EXTRA = "model_loader_extra_config"
+
+
+def loading(draft: bool, how: dict[str, Any]) -> dict[str, Any]:
+    """A job that says how its weights are loaded, or those of its draft model."""
+    drafter = {"model": "Qwen/d", "num_speculative_tokens": 2, "draft_load_config": how}
+    return job(model={"engine": {"speculative_config": drafter} if draft else how})
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_places_that_weights_and_caches_come_from_are_sources(policy: Any, draft: bool) -> None:
+    policy("models: {allow: ['Qwen/*', /models/hub, 's3://models/*']}")
+    load(loading(draft, {"download_dir": "/models/hub"}))
+    load(loading(draft, {"load_format": "sharded_state", EXTRA: {"pattern": "rank-{rank}.safetensors"}}))
+    load(loading(draft, {EXTRA: {"tensorizer_uri": "s3://models/m"}}))
+    for how, said in (
         ({"download_dir": "/tmp/hub"}, "download_dir: /tmp/hub is not allowed here"),
+        ({EXTRA: {"tensorizer_uri": "s3://a/m"}}, f"{EXTRA}.tensorizer_uri: s3://a/m is not allowed here"),
+        ({EXTRA: {"tensorizer_dir": "/tmp/m"}}, f"{EXTRA}.tensorizer_dir: /tmp/m is not allowed here"),
+        (
+            {"load_format": "Tensorizer", EXTRA: {"tensorizer_config": {"tensorizer_dir": "/tmp/m"}}},
+            f"{EXTRA}.tensorizer_config.tensorizer_dir: /tmp/m is not allowed here",
+        ),
+        ({EXTRA: {"pattern": "/tmp/*.safetensors"}}, f"{EXTRA}.pattern: /tmp/*.safetensors leads out"),
+        ({EXTRA: {"pattern": "../m/*.safetensors"}}, f"{EXTRA}.pattern: ../m/*.safetensors leads out"),
+        ({EXTRA: {"s3_endpoint": "http://elsewhere"}}, f"{EXTRA}.s3_endpoint: not allowed"),
+        ({EXTRA: {"stream_kwargs": {"s3_config_path": "/tmp/c"}}}, f"{EXTRA}.stream_kwargs.s3_config_path"),
+        ({EXTRA: "tensorizer_uri"}, f"{EXTRA}: must be a mapping"),
+    ):
+        at = "model.engine.speculative_config.draft_load_config" if draft else "model.engine"
+        assert f"{at}.{said}" in refusal(loading(draft, how))
+
+
+def test_so_are_scales_and_draft_models(policy: Any) -> None:
+    policy("models: {allow: ['Qwen/*']}")
+    for engine, said in (
         ({"mm_encoder_fp8_scale_path": "/tmp/s"}, "mm_encoder_fp8_scale_path: /tmp/s is not allowed here"),
-        ({extra: {"tensorizer_uri": "s3://a/m"}}, f"{extra}.tensorizer_uri: s3://a/m is not allowed here"),
-        ({extra: {"pattern": "/tmp/*.safetensors"}}, f"{extra}.pattern"),
-        ({extra: {"s3_endpoint": "http://elsewhere"}}, f"{extra}.s3_endpoint"),
         ({"speculative_config": {"method": "eagle", "model": "acme.d"}}, "acme.d is not allowed here"),
+        ({"speculative_config": {"draft_load_config": "auto"}}, "draft_load_config: must be a mapping"),
     ):
         assert said in refusal(job(model={"engine": engine}))
+
+
+@pytest.mark.parametrize("draft", [False, True])
+@pytest.mark.parametrize(
+    ("how", "key"),
+    [
+        ({"load_format": "IPC_cache"}, "load_format"),
+        ({EXTRA: {"socket_path": "/tmp/s"}}, f"{EXTRA}.socket_path"),
+        ({EXTRA: {"socket_dir": "/tmp"}}, f"{EXTRA}.socket_dir"),
+    ],
+)
+def test_no_weights_or_pickles_come_from_a_socket(
+    policy: Any, monkeypatch: pytest.MonkeyPatch, draft: bool, how: dict[str, Any], key: str
+) -> None:
+    policy("{}")
+    assert f"{key}: a cache of weights (ipc_cache)" in refusal(loading(draft, how))
+    monkeypatch.delenv("DRAY_POLICY")
+    load(loading(draft, how))
 
 
 def test_trusted_code_is_that_of_the_model_itself(policy: Any) -> None:
