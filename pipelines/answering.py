@@ -28,12 +28,10 @@ from pipelines.images import Image, images_of, without_data
 from pipelines.lengths import HELD, Lengths, Rows
 from pipelines.seeds import row_seed
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
-from pipelines.shard_stats import START_PARTS, Provenance, Turn
+from pipelines.shard_stats import START_PARTS, Turn
 from pipelines.stage import Parcel
 from pipelines.structured import Structured
 
-#: Fields of `Provenance` that speak of the engine of the last generation.
-_ENGINE_NOTES = ("replica", "engine", "device", "engine_start_s", "engine_ready_at", *START_PARTS)
 #: Takes each row that was asked, and what came of it.
 Tell = Callable[[int, Answer | RowError], None]
 
@@ -192,12 +190,16 @@ class Answering:
         """The notes on the engine, and on the shard's turn in it, Unix times; those of the generations before where none was needed."""
         before, here = self._parcel.notes, replica_name()
         if self._started is None:
-            none = Provenance(
-                run_id="", job="", replica=here, engine="simulated" if self._is_simulated else ""
-            )
-            return {name: before.get(name, getattr(none, name)) for name in _ENGINE_NOTES} | {
-                "turns": before.get("turns", [])
+            none: dict[str, Any] = {
+                "turns": [],
+                "replica": here,
+                "engine": "simulated" if self._is_simulated else "",
+                "device": "",
+                "engine_start_s": 0.0,
+                "engine_ready_at": 0.0,
+                **dict.fromkeys(START_PARTS),
             }
+            return {name: before.get(name, value) for name, value in none.items()}
         info = self._started.info
         turn = Turn(
             generation=self._name,

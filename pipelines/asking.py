@@ -47,11 +47,11 @@ class Asking:
         wanted = self._kept or self._shared
         keys = await asyncio.to_thread(answer_keys, parcel.prompts, self._work) if wanted else {}
         recalled = await asyncio.to_thread(self._kept.recall, parcel, keys) if self._kept else {}
-        needs_engine = len(recalled) < len(keys) or not self._work.may_ask_nothing
+        asks_nothing = self._work.may_ask_nothing and len(recalled) == len(keys)
         return Answering(
             parcel,
             self._work,
-            self._served_by(await started()) if needs_engine else None,
+            None if asks_nothing else self._served_by(await started()),
             self._numbers,
             arrival,
             self._generation.name,

@@ -49,8 +49,9 @@ class Image:
 
 
 def check_folder(folder: str, options: Mapping[str, Any]) -> None:
-    """Raise StorageError where no image can lie below `input.images_folder`: nothing does, or the store does not take the
-    credentials. A folder that may be read and not listed passes. Raises TransientStorageError where a store does not answer.
+    """Raise StorageError where no image can lie below `input.images_folder`: nothing does, the bucket is not there, or S3 does not
+    take the credentials. A folder that may not be listed passes, also by a 401 of another store, which says so to whoever reads a
+    public bucket without credentials. Raises TransientStorageError where a store does not answer.
     """
     key = "input.images_folder"
     try:

@@ -27,6 +27,7 @@ from pipelines.policy_sources import (
     evasive_problems,
     foreign_code_problems,
     imports_of,
+    names_file,
     obscure_problems,
     plugins_of,
     revision_of,
@@ -165,12 +166,19 @@ def _code_problems(policy: Policy, key: str, source: str, revision: str | None) 
 def _import_problems(policy: Policy, model: ModelSettings) -> list[str]:
     """What is imported has no revision: it is installed where the engine runs. A path has to be a whole one."""
     trusted = {entry.source for entry in policy.models.trust_remote_code if entry.revision is None}
-    return [
-        f"{key}: {name} is code that the platform's policy ({VARIABLE}) does not allow; leave it out, or have it allowed by "
-        f"models.trust_remote_code for that very name, as {{source: {name}}}"
-        for key, name in imports_of(model)
-        if name not in trusted or ("/" in name and not os.path.isabs(name))
-    ]
+    problems = []
+    for key, name in imports_of(model):
+        if ("/" in name or names_file(key)) and not os.path.isabs(name):
+            problems.append(
+                f"{key}: {name} is code by a path that depends on the working directory, which the platform's policy "
+                f"({VARIABLE}) does not allow; leave it out, or give the absolute path of one that models.trust_remote_code names"
+            )
+        elif name not in trusted:
+            problems.append(
+                f"{key}: {name} is code that the platform's policy ({VARIABLE}) does not allow; leave it out, or have it "
+                f"allowed by models.trust_remote_code for that very name, as {{source: {name}}}"
+            )
+    return problems
 
 
 def pool_problems(policy: Policy, model: ModelSettings, pool: PoolSettings) -> list[str]:

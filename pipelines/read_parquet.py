@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -21,13 +21,12 @@ _BATCH = 4096
 _BUFFER = 1 << 20
 #: How lists stand in a leaf's path, by several writers.
 _LISTS = ("list", "element", "item", "array", "bag", "array_element")
-#: Where a part of a message says which image it is (`messages.checked`).
+#: Where a part of a message says which image it is (`messages.checked`): for each of its fields, the leaves that may be it.
 _SOURCES = (
-    ["content", "image_url", "url"],
-    ["content", "image_url"],
-    ["content", "image"],
-    ["content", "url"],
-    ["content", "path"],
+    [("image_url",), ("image_url", "url"), ("image_url", "bytes"), ("image_url", "path")],
+    [("image",), ("image", "url"), ("image", "bytes"), ("image", "path")],
+    [("url",)],
+    [("path",)],
 )
 
 
@@ -62,23 +61,62 @@ class Footer:
         """(images among the parts of a column of messages, bytes that name or hold them), by the parts' fields that say which image;
         (0, 0) of messages as JSON text, and of files whose statistics count no nulls."""
         images = size = 0
-        for chunk in self._chunks(column):
-            inside = [
-                name for name in chunk.path_in_schema.removeprefix(column).split(".") if name not in _LISTS
-            ]
-            if inside[1:] in _SOURCES and chunk.is_stats_set and chunk.statistics.has_null_count:
-                images += chunk.num_values - chunk.statistics.null_count
-                size += chunk.total_uncompressed_size
+        for chunks in self._groups(column):
+            parts = _leaves_of_parts(column, chunks)
+            if found := _images_among(parts):
+                images += found
+                size += sum(
+                    parts[leaf].total_uncompressed_size
+                    for field in _SOURCES
+                    for leaf in field
+                    if leaf in parts
+                )
         return images, size
 
     def _chunks(self, column: str) -> Iterator[pq.ColumnChunkMetaData]:
+        for chunks in self._groups(column):
+            yield from chunks
+
+    def _groups(self, column: str) -> Iterator[list[pq.ColumnChunkMetaData]]:
+        """The leaves of a top-level column, one row group after the other."""
         for i in range(self._metadata.num_row_groups):
             group = self._metadata.row_group(i)
-            for j in range(group.num_columns):
-                chunk = group.column(j)
-                path = chunk.path_in_schema
-                if path == column or path.startswith(column + "."):
-                    yield chunk
+            chunks = [group.column(j) for j in range(group.num_columns)]
+            yield [one for one in chunks if f"{one.path_in_schema}.".startswith(f"{column}.")]
+
+
+def _leaves_of_parts(
+    column: str, chunks: Iterable[pq.ColumnChunkMetaData]
+) -> dict[tuple[str, ...], pq.ColumnChunkMetaData]:
+    """The leaves of the content parts of messages, by their names below the part."""
+    found = {}
+    for chunk in chunks:
+        names = chunk.path_in_schema.removeprefix(column).split(".")
+        _, *inside = [name for name in names if name not in _LISTS]
+        if inside[:1] == ["content"]:
+            found[tuple(inside[1:])] = chunk
+    return found
+
+
+def _images_among(parts: Mapping[tuple[str, ...], pq.ColumnChunkMetaData]) -> int:
+    """How many parts are images. A text, too, can have a url: where some parts have no text, the images are among those."""
+    named = sum(
+        max((_present(parts[leaf]) for leaf in field if leaf in parts), default=0) for field in _SOURCES
+    )
+    types, texts = parts.get(("type",)), parts.get(("text",))
+    if types is None or texts is None or not _present(types):
+        return named
+    if types.statistics.has_min_max and types.statistics.min == types.statistics.max == "text":
+        return 0
+    without_text = _present(types) - _present(texts)
+    return min(named, without_text) if without_text > 0 else named  # some writers give images an empty text
+
+
+def _present(chunk: pq.ColumnChunkMetaData) -> int:
+    """Values that are not null; 0 where the statistics do not say."""
+    if not chunk.is_stats_set or not chunk.statistics.has_null_count:
+        return 0
+    return int(chunk.num_values - chunk.statistics.null_count)
 
 
 def footer_of(path: str, options: dict[str, Any]) -> Footer:

@@ -215,13 +215,17 @@ def explain(error: BaseException, url: str) -> DrayError | None:
     if isinstance(error, OSError) and error.errno in _LOCAL_REFUSALS:
         kind = StorageDenied if error.errno == errno.EACCES else StorageError
         return kind(f"{url}: {_LOCAL_REFUSALS[error.errno]}")
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or _is_gcsfs_denial(error):
         return StorageDenied(f"{url}: {_REFUSALS['AccessDenied']}")
-    statuses = {getattr(error, name, None) for name in ("status", "code", "status_code")}
-    if statuses & {401, 403}:
-        kind = StorageDenied if 403 in statuses else StorageError
-        return kind(f"{url}: {_REFUSALS['403']}")
+    # 401 is also what stores other than S3's tell whom they do not know of a listing, where anybody may read (gs://)
+    if {getattr(error, name, None) for name in ("status", "code", "status_code")} & {401, 403}:
+        return StorageDenied(f"{url}: {_REFUSALS['403']}")
     return None
+
+
+def _is_gcsfs_denial(error: BaseException) -> bool:
+    """gcsfs makes a bare OSError of status 403 (`validate_response`), without an errno or the status."""
+    return isinstance(error, OSError) and error.errno is None and str(error).startswith("Forbidden")
 
 
 def _first_line(error: BaseException) -> str:

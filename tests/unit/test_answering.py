@@ -13,12 +13,13 @@ from typing import Any, cast
 import pyarrow as pa
 import pytest
 
-from pipelines.answering import Answering, Started
+from pipelines.answering import Answering, Started, replica_name
 from pipelines.contracts import GENERATION_SCHEMA, PROMPT_SCHEMA, Shard, Work
 from pipelines.engine import Answer, Engine, open_engine
 from pipelines.errors import EngineDied
 from pipelines.lengths import Lengths
 from pipelines.settings import ErrorSettings, ModelSettings, PoolSettings, SamplingSettings
+from pipelines.shard_stats import START_PARTS, Provenance
 from pipelines.stage import Parcel
 from pipelines.task import GENERATE
 from pipelines.waves import Load
@@ -106,6 +107,24 @@ async def test_a_turn_ends_with_the_last_answer(tmp_path: Path) -> None:
     assert turn["began_at"] <= turn["ended_at"] <= answered_at + 0.1
     assert notes["generate_s"] == pytest.approx(turn["ended_at"] - turn["began_at"], abs=1e-4)
     assert notes["rows_reused"] == 1
+
+
+def test_without_an_engine_the_notes_are_those_of_the_generation_before(tmp_path: Path) -> None:
+    """Where there was none either, whatever `Provenance` has by default, but for who answered."""
+    before = {
+        "turns": [{"replica": "a:1"}],
+        "device": "H200",
+        "engine": "vllm 0.32.0",
+        "engine_compile_s": 7.0,
+    }
+    for given in ({}, before):
+        asked = Answering(parcel([None]).noting(**given), work(tmp_path), None, itertools.count(), 0)
+        notes = asked.parcel(attempt=1, engine_deaths=0).notes
+        own = {"replica": replica_name(), "engine": "simulated", **given, "turns": ()}
+        said = Provenance(run_id="r", job="j", **own)  # type: ignore[arg-type]
+        names = ("replica", "engine", "device", "engine_start_s", "engine_ready_at", *START_PARTS)
+        assert [notes[name] for name in names] == [getattr(said, name) for name in names]
+        assert notes["turns"] == given.get("turns", [])
 
 
 @pytest.mark.parametrize("prompts", [[], [None, None]])

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
+from fsspec.implementations.memory import MemoryFileSystem
 
 from jobs import load, plan
 from jobs.cli import main
@@ -22,13 +23,22 @@ from pipelines import images as module
 from pipelines import vision
 from pipelines.errors import InputError, RowError, SpecError, StorageError
 from pipelines.image_turns import has_images, places_images, takes_parts_only, with_images
-from pipelines.images import Image, ImageReader, digests_of, images_array, images_of, without_data
+from pipelines.images import (
+    Image,
+    ImageReader,
+    check_folder,
+    digests_of,
+    images_array,
+    images_of,
+    without_data,
+)
 from pipelines.lengths import IMAGE_TOKENS, Lengths
 from pipelines.messages import Turns, checked
 from pipelines.part import read_part
 from pipelines.prepare import Prepare
 from pipelines.settings import ModelSettings, SamplingSettings
 from pipelines.stage import Parcel
+from pipelines.storage import Storage
 from tests.local.runs import TINY, job, rows_of
 from tests.tiny_vision import image, vision_tokenizer
 from tests.unit.stages import Output, generated, planned, run
@@ -63,6 +73,40 @@ def test_a_folder_of_images_that_is_not_there_is_refused_before_anything_starts(
     (tmp_path / "pictures").mkdir(exist_ok=True)
     (tmp_path / "pictures" / "red.png").write_bytes(RED)
     assert plan(load(settings)).plan.shards
+
+
+class HttpError(Exception):
+    """As gcsfs tells a status: in `code`."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"Anonymous caller does not have storage.objects.list access, {code}")
+        self.code = code
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [OSError("Forbidden: b/pictures\nno storage.objects.list access"), HttpError(401), HttpError(403)],
+)
+def test_a_folder_of_another_store_that_may_be_read_but_not_listed_is_taken(
+    monkeypatch: pytest.MonkeyPatch, refusal: Exception
+) -> None:
+    """As a bucket of Google's that anybody may read, by whichever of its answers."""
+    info = MemoryFileSystem.info
+    folder = "memory://unlisted/pictures"
+    Storage(folder).write("red.png", RED)
+
+    def unlisted(self: MemoryFileSystem, path: str, **kwargs: Any) -> Any:
+        if not path.endswith(".png"):
+            raise refusal
+        return info(self, path, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "info", unlisted)
+    check_folder(folder, {})
+    ((red,),) = ImageReader(folder).read([["red.png"]])
+    assert red.data == RED
+    monkeypatch.undo()
+    with pytest.raises(StorageError, match="nothing lies below it"):
+        check_folder(f"{folder}/gone", {})
 
 
 # ── What is an image ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -274,6 +274,30 @@ def test_images_in_messages_are_told_from_text(tmp_path: Path) -> None:
     assert list_files(InputSettings(path=path, columns=["n"]), messages=told)[0].images == 0
 
 
+def test_images_in_typed_messages_are_counted_by_field(tmp_path: Path) -> None:
+    """Once where two leaves say which, and none for the url of a text; an image's text may be null or empty."""
+    data = b"\x89PNG" * 500
+    held = {"type": "image", "image": {"bytes": data, "path": "a.png"}}
+    said = {"type": "text", "text": "word", "url": "https://x"}
+    cases: dict[str, tuple[list[dict[str, Any]], int]] = {
+        "bytes": ([held, {"type": "text", "text": "word"}], 1),
+        "both": ([{"type": "image_url", "image_url": {"bytes": data, "path": None}}, held], 2),
+        "paths": ([{"type": "image", "image": {"bytes": None, "path": "a.png"}}], 1),
+        "texts": ([said, said], 0),
+        "mixed": ([said, said, {"type": "image", "url": "a.png"}], 1),
+        "empty": ([{"type": "text", "text": "word"}, {"type": "image", "text": "", "path": "a.png"}], 1),
+    }
+    for name, (content, images) in cases.items():
+        table = pa.table({"chat": [[{"role": "user", "content": content}]] * 50})
+        path = parquet(tmp_path / f"{name}.parquet", table, row_group_size=20, use_dictionary=False)
+        (file,) = list_files(InputSettings(path=path), messages=frozenset({"chat"}))
+        assert file.images == 50 * images, name
+        assert (file.image_bytes > 0) == (images > 0), name
+        if name in ("bytes", "both"):
+            assert file.image_bytes > 50 * images * len(data)
+            assert file.data_bytes - file.image_bytes < 50 * 200
+
+
 def test_known_files_are_not_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = InputSettings(path=str(tmp_path))
     parquet(tmp_path / "a.parquet")

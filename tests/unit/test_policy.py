@@ -195,6 +195,9 @@ def test_sources_that_are_not_what_they_say(
     load(job(model=own))
     own["engine"] = {"trust_remote_code": True, "load_format": "runai_streamer"}
     assert "model.engine.load_format" in refusal(job(model=own))
+    drafter = {"model": "s3://models/m", "draft_load_config": {"load_format": "runai_streamer"}}
+    own["engine"] = {"trust_remote_code": True, "speculative_config": drafter}
+    assert "draft_load_config.load_format" in refusal(job(model=own))
 
 
 def test_storage_options_choose_no_other_store(policy: Any) -> None:
@@ -232,7 +235,7 @@ CODE: list[tuple[dict[str, Any], str, str]] = [
     ({"scheduler_cls": "acme.s.Scheduler"}, "scheduler_cls", "acme.s.Scheduler"),
     ({"distributed_executor_backend": "acme.e.Executor"}, "distributed_executor_backend", "acme.e.Executor"),
     ({"logits_processors": ["vllm.v1.x:Own", "acme.l:Bias"]}, "logits_processors", "acme.l:Bias"),
-    ({"model_class_overrides": {"Qwen2ForCausalLM": "acme.m:M"}}, "model_class_overrides", "acme.m:M"),
+    ({"model_class_overrides": {"Qwen2": "acme.m:M"}}, "model_class_overrides.Qwen2", "acme.m:M"),
     ({"io_processor_plugin": "acme"}, "io_processor_plugin", "acme"),
     ({"log_config_file": "/etc/acme.json"}, "log_config_file", "/etc/acme.json"),
     (
@@ -243,8 +246,23 @@ CODE: list[tuple[dict[str, Any], str, str]] = [
     ({"compilation_config": {"backend": "acme.c.backend"}}, "compilation_config.backend", "acme.c.backend"),
     (
         {"compilation_config": {"inductor_passes": {"p": "acme.c.fuse"}}},
-        "compilation_config.inductor_passes",
+        "compilation_config.inductor_passes.p",
         "acme.c.fuse",
+    ),
+    (
+        {"compilation_config": {"inductor_passes": {"hf_overrides": "acme.c.fuse"}}},
+        "compilation_config.inductor_passes.hf_overrides",
+        "acme.c.fuse",
+    ),
+    (
+        {"compilation_config": {"inductor_compile_config": {"cpp.cxx": [None, "/bin/acme"]}}},
+        "compilation_config.inductor_compile_config.cpp.cxx",
+        "/bin/acme",
+    ),
+    (
+        {"compilation_config": {"inductor_compile_config": {"cuda.cutlass_dir": "acme"}}},
+        "compilation_config.inductor_compile_config.cuda.cutlass_dir",
+        "acme",
     ),
     ({"compilation_config": {"cache_dir": "/tmp/graphs"}}, "compilation_config.cache_dir", "/tmp/graphs"),
     (
@@ -260,6 +278,16 @@ CODE: list[tuple[dict[str, Any], str, str]] = [
     (
         {"kv_transfer_config": {"kv_connector_extra_config": {"connectors": [{"kv_connector_module_path": "acme"}]}}},
         "kv_transfer_config.kv_connector_extra_config.connectors.kv_connector_module_path",
+        "acme",
+    ),
+    (
+        {"kv_transfer_config": {"kv_connector_extra_config": {"tiers": [[{"spec-module-path": "acme"}]]}}},
+        "kv_transfer_config.kv_connector_extra_config.tiers.spec-module-path",
+        "acme",
+    ),
+    (
+        {"kv_transfer_config": {"kv_connector_extra_config": {"policy": {"module_path": "acme"}}}},
+        "kv_transfer_config.kv_connector_extra_config.policy.module_path",
         "acme",
     ),
     (
@@ -307,26 +335,94 @@ def test_code_does_not_hide_in_text(policy: Any) -> None:
     for key in ("compilation_config", "kv_transfer_config", "hf_overrides"):
         said = refusal(job(model={"engine": {key: ' {"backend": "acme.c.backend"}'}}))
         assert f"model.engine.{key}: must be a mapping, not its text" in said
+    for text in ('{"module_path": "acme"}', ' [{"module_path": "acme"}]'):
+        deep = {"kv_transfer_config": {"kv_connector_extra_config": {"connectors": [text]}}}
+        said = refusal(job(model={"engine": deep}))
+        assert "kv_connector_extra_config.connectors: must be a mapping, not its text" in said
+    load(job(model={"engine": {"hf_overrides": {"text_config": {"chat": "{}"}}}}))
 
 
-def test_a_path_that_is_imported_is_a_whole_one(policy: Any) -> None:
-    policy("models: {trust_remote_code: [{source: ./log.json}]}")
-    assert "is code that" in refusal(job(model={"engine": {"log_config_file": "./log.json"}}))
+@pytest.mark.parametrize("name", ["graphs", "~evil", "./graphs", "vllm.graphs", "s3://acme/graphs"])
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [(None, "log_config_file"), ("logging_config", "pylogging_config_file"), ("compilation_config", "cache_dir")],
+)  # fmt: skip
+def test_a_file_that_is_code_is_named_by_its_absolute_path(
+    policy: Any, section: str | None, key: str, name: str
+) -> None:
+    """A module may be allowed under a short name; a file of that name in whatever the working directory is may not."""
+    engine = {section: {key: name}} if section else {key: name}
+    for allowed in ("{}", f"models: {{trust_remote_code: [{{source: '{name}'}}]}}"):
+        policy(allowed)
+        said = refusal(job(model={"engine": engine}))
+        assert f"{key}: {name} is code by a path that depends on the working directory" in said
 
 
-def test_places_that_weights_and_caches_come_from_are_sources(policy: Any) -> None:
-    policy("models: {allow: ['Qwen/*', /models/hub]}")
-    load(job(model={"engine": {"download_dir": "/models/hub"}}))
-    extra = "model_loader_extra_config"
-    for engine, said in (
+def test_torchs_settings_are_numbers(policy: Any) -> None:
+    policy("{}")
+    numbers = {"max_autotune": True, "cpp.dynamic_threads": True, "realize_reads_threshold": 4}
+    load(job(model={"engine": {"compilation_config": {"inductor_compile_config": numbers}}}))
+
+
+EXTRA = "model_loader_extra_config"
+
+
+def loading(draft: bool, how: dict[str, Any]) -> dict[str, Any]:
+    """A job that says how its weights are loaded, or those of its draft model."""
+    drafter = {"model": "Qwen/d", "num_speculative_tokens": 2, "draft_load_config": how}
+    return job(model={"engine": {"speculative_config": drafter} if draft else how})
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_places_that_weights_and_caches_come_from_are_sources(policy: Any, draft: bool) -> None:
+    policy("models: {allow: ['Qwen/*', /models/hub, 's3://models/*']}")
+    load(loading(draft, {"download_dir": "/models/hub"}))
+    load(loading(draft, {"load_format": "sharded_state", EXTRA: {"pattern": "rank-{rank}.safetensors"}}))
+    load(loading(draft, {EXTRA: {"tensorizer_uri": "s3://models/m"}}))
+    for how, said in (
         ({"download_dir": "/tmp/hub"}, "download_dir: /tmp/hub is not allowed here"),
+        ({EXTRA: {"tensorizer_uri": "s3://a/m"}}, f"{EXTRA}.tensorizer_uri: s3://a/m is not allowed here"),
+        ({EXTRA: {"tensorizer_dir": "/tmp/m"}}, f"{EXTRA}.tensorizer_dir: /tmp/m is not allowed here"),
+        (
+            {"load_format": "Tensorizer", EXTRA: {"tensorizer_config": {"tensorizer_dir": "/tmp/m"}}},
+            f"{EXTRA}.tensorizer_config.tensorizer_dir: /tmp/m is not allowed here",
+        ),
+        ({EXTRA: {"pattern": "/tmp/*.safetensors"}}, f"{EXTRA}.pattern: /tmp/*.safetensors leads out"),
+        ({EXTRA: {"pattern": "../m/*.safetensors"}}, f"{EXTRA}.pattern: ../m/*.safetensors leads out"),
+        ({EXTRA: {"s3_endpoint": "http://elsewhere"}}, f"{EXTRA}.s3_endpoint: not allowed"),
+        ({EXTRA: {"stream_kwargs": {"s3_config_path": "/tmp/c"}}}, f"{EXTRA}.stream_kwargs.s3_config_path"),
+        ({EXTRA: "tensorizer_uri"}, f"{EXTRA}: must be a mapping"),
+    ):
+        at = "model.engine.speculative_config.draft_load_config" if draft else "model.engine"
+        assert f"{at}.{said}" in refusal(loading(draft, how))
+
+
+def test_so_are_scales_and_draft_models(policy: Any) -> None:
+    policy("models: {allow: ['Qwen/*']}")
+    for engine, said in (
         ({"mm_encoder_fp8_scale_path": "/tmp/s"}, "mm_encoder_fp8_scale_path: /tmp/s is not allowed here"),
-        ({extra: {"tensorizer_uri": "s3://a/m"}}, f"{extra}.tensorizer_uri: s3://a/m is not allowed here"),
-        ({extra: {"pattern": "/tmp/*.safetensors"}}, f"{extra}.pattern"),
-        ({extra: {"s3_endpoint": "http://elsewhere"}}, f"{extra}.s3_endpoint"),
         ({"speculative_config": {"method": "eagle", "model": "acme.d"}}, "acme.d is not allowed here"),
+        ({"speculative_config": {"draft_load_config": "auto"}}, "draft_load_config: must be a mapping"),
     ):
         assert said in refusal(job(model={"engine": engine}))
+
+
+@pytest.mark.parametrize("draft", [False, True])
+@pytest.mark.parametrize(
+    ("how", "key"),
+    [
+        ({"load_format": "IPC_cache"}, "load_format"),
+        ({EXTRA: {"socket_path": "/tmp/s"}}, f"{EXTRA}.socket_path"),
+        ({EXTRA: {"socket_dir": "/tmp"}}, f"{EXTRA}.socket_dir"),
+    ],
+)
+def test_no_weights_or_pickles_come_from_a_socket(
+    policy: Any, monkeypatch: pytest.MonkeyPatch, draft: bool, how: dict[str, Any], key: str
+) -> None:
+    policy("{}")
+    assert f"{key}: a cache of weights (ipc_cache)" in refusal(loading(draft, how))
+    monkeypatch.delenv("DRAY_POLICY")
+    load(loading(draft, how))
 
 
 def test_trusted_code_is_that_of_the_model_itself(policy: Any) -> None:
@@ -361,9 +457,11 @@ def test_no_engine_argument_of_the_installed_vllm_names_code_past_the_policy(pol
     known = known_engine_args()
     if known is None:
         pytest.skip("vLLM is not installed")
-    sounds = re.compile(r"(_path|_file|_dir|_cls|_class|_plugin|_processors|_overrides|_module|_uri|_url)$")
+    imported = re.compile(r"(_cls|_class|_processors|_overrides)$")  # by a dotted path, or not at all
+    read = re.compile(r"(_path|_file|_dir|_plugin|_module|_uri|_url)$")
     policy("{}")
     for name in sorted(known - HARMLESS.keys() - DRAY_SETS.keys()):
-        if sounds.search(name):
-            said = refusal(job(model={"engine": {name: "acme.code:Thing"}}))
+        values = ("acme.code:Thing", "acme", "~acme", "vllm.acme")
+        for value in values if read.search(name) else values[:1] if imported.search(name) else ():
+            said = refusal(job(model={"engine": {name: value}}))
             assert f"model.engine.{name}" in said

@@ -414,6 +414,10 @@ def test_passing_faults(error: Exception) -> None:
         (PermissionError(errno.EACCES, "no"), "permission denied"),
         (OSError(errno.EROFS, "ro"), "read-only"),
         (NotADirectoryError(errno.ENOTDIR, "no"), "not a folder"),
+        (
+            OSError("Forbidden: b/o\nno storage.objects.list access"),
+            "access denied",
+        ),  # gcsfs's, of status 403
     ],
 )
 def test_refusals_say_what_and_the_way_out(error: Exception, says: str) -> None:
