@@ -67,7 +67,7 @@ class StorageError(BadInput):
 
 
 class StorageDenied(StorageError):
-    """A store that knows the credentials forbids this one request: listing a folder, say, whose objects may be read."""
+    """A store forbids this one request: listing a folder, say, whose objects may be read."""
 
 
 class ModelError(BadInput):
