@@ -291,7 +291,6 @@ def _dray(name: str, task: Task, folder: Path, pool: dict[str, Any]) -> list[Run
         "to_first_prepare_s": min(origin["started_at"] for origin in origins) - watched.began_at,
         "engine_start_s": max(origin["engine_start_s"] for origin in origins),
         **_start_parts(origins),
-        "last_engine_ready_s": max(origin["engine_ready_at"] for origin in origins) - watched.began_at,
         "shards": len(parts),
         **{
             f"all_{key}": sum(s[key] for s in stats)

@@ -24,7 +24,7 @@ from jobs.pinning import described, pinned
 from jobs.planning import Plan, extend, load_plan, new_plan, save_plan, summary
 from jobs.reuse import reuse_of
 from jobs.spec import JobSpec
-from jobs.spec_columns import check_against_schema, image_columns, needed_columns
+from jobs.spec_columns import check_against_schema, columns_of_images, needed_columns
 from pipelines.code import code_digest, code_path, load_function, user_folders
 from pipelines.contracts import InputFile, Work, result_schema
 from pipelines.errors import InputError, OutputError, OutputLocked
@@ -173,21 +173,26 @@ def propose(job: LoadedJob, *, relist: bool = True) -> Proposal:
     if not relist:
         if plan is None:
             raise OutputError(f"{storage.url()} has no plan to resume: use `dray run`")
-        return Proposal(job=job, storage=storage, plan=plan, identity=covered)
-    if plan is None:
+    else:
+        plan = _planned(spec, plan, print_)
+    if spec.input.images_folder and (plan.new_segments or not storage.exists(SUCCESS)):
         check_images_folder(spec.input)
-    files = list_files(spec.input, needed_columns(spec), plan.by_path if plan else None, *image_columns(spec))
+    return Proposal(job=job, storage=storage, plan=plan, identity=covered)
+
+
+def _planned(spec: JobSpec, plan: Plan | None, print_: str) -> Plan:
+    """A new plan of the input as it is listed now, or this one and what has come since."""
+    known = plan.by_path if plan else {}
+    files = list_files(spec.input, needed_columns(spec), known, *columns_of_images(spec))
     if plan is None:
         schema = input_schema(spec, files)
         plan = new_plan(files, schema, print_, **_cutting(spec))
         if not plan.shards:
             raise InputError(f"{spec.input.path}: the input has no rows")
-    else:
-        known = plan.by_path
-        unseen = [file for file in files if file is not known.get(file.path)]
-        conform_all(unseen, plan.input_schema, spec.input)
-        plan = extend(plan, files, on_changed=spec.input.on_changed, **_cutting(spec))
-    return Proposal(job=job, storage=storage, plan=plan, identity=covered)
+        return plan
+    unseen = [file for file in files if file is not known.get(file.path)]
+    conform_all(unseen, plan.input_schema, spec.input)
+    return extend(plan, files, on_changed=spec.input.on_changed, **_cutting(spec))
 
 
 def checked_identity(job: LoadedJob) -> dict[str, Any]:

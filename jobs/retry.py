@@ -28,7 +28,7 @@ from jobs.lock import OutputLock
 from jobs.output import succeed, write_card, write_stats
 from jobs.pinning import pinned
 from jobs.planning import Plan
-from jobs.proposal import checked_identity, work_of
+from jobs.proposal import check_images_folder, checked_identity, work_of
 from jobs.report import Report
 from jobs.runner import Driver, Observer, Progress
 from jobs.shared_ledger import announcer
@@ -90,6 +90,8 @@ def retry_failed(
             work = work_of(job, plan.input_schema, fingerprint=plan.fingerprint, run_id=run_id)
             books = fold(storage, plan)
             parts = [part for part in books.parts if _matching(part.footer, codes)]
+            if parts:
+                check_images_folder(job.spec.input)
             rows = sum(_matching(part.footer, codes) for part in parts)
             work = replace(work, retry=retry)
             driver = _RetryDriver(job, storage, plan, work, observer, lock, stop or StopRequest())

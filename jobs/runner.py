@@ -30,7 +30,7 @@ from jobs.lock import OutputLock
 from jobs.metering import Meter, Usage
 from jobs.output import succeed, write_card, write_stats
 from jobs.planning import Plan
-from jobs.proposal import check_images_folder, propose, work_of
+from jobs.proposal import propose, work_of
 from jobs.report import Report, make_report
 from jobs.reuse import KEPT, kept_in
 from jobs.shared_ledger import announcer
@@ -196,7 +196,6 @@ class Driver:
 
     def _passes(self, pending: list[Shard]) -> None:
         """Stream what is pending until nothing is."""
-        check_images_folder(self.job.spec.input)
         if self.work.reuse is not None:
             self.kept_in = kept_in(self.work, self.plan, pending)
             if self.work.reuse.keep:

@@ -38,7 +38,7 @@ def needed_columns(spec: JobSpec) -> frozenset[str]:
     return frozenset(names)
 
 
-def image_columns(spec: JobSpec) -> tuple[frozenset[str], frozenset[str]]:
+def columns_of_images(spec: JobSpec) -> tuple[frozenset[str], frozenset[str]]:
     """(columns of the input that hold images of some prompt, those that hold messages, which may hold some).
 
     Steps call them by other names: `output.rename` and the steps before may have given them.

@@ -190,10 +190,11 @@ class Answering:
         """The notes on the engine, and on the shard's turn in it, Unix times; those of the generations before where none was needed."""
         before, here = self._parcel.notes, replica_name()
         if self._started is None:
+            # No report may pass over kept answers of a simulated engine: they are no model's.
             none: dict[str, Any] = {
                 "turns": [],
                 "replica": here,
-                "engine": "simulated" if self._is_simulated else "",
+                "engine": "simulated" if self._work.model.backend == "simulated" else "",
                 "device": "",
                 "engine_start_s": 0.0,
                 "engine_ready_at": 0.0,
@@ -218,11 +219,6 @@ class Answering:
             "engine_ready_at": info.ready_at,
             **{f"engine_{name}": seconds for name, seconds in asdict(info.start_parts).items()},
         }
-
-    @property
-    def _is_simulated(self) -> bool:
-        """What no report may pass over: kept answers of such an engine are no model's."""
-        return self._work.model.backend == "simulated"
 
     def _answered_prompts(self) -> pa.Table:
         """The prompts for the stages that follow, which need no image any more."""

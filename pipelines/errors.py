@@ -7,7 +7,7 @@
     │   ├── OutputError     the output path: not writable, another job's, inside the input
     │   │   └── PartDamaged     a part that cannot be read as one; `dray verify --repair` moves it away
     │   ├── StorageError    a store that refuses us: credentials, bucket, permissions
-    │   │   └── StorageDenied   it knows us and forbids this request; others it may allow
+    │   │   └── StorageDenied   it forbids this request; others it may allow
     │   └── ModelError      the model source: not there, not a model, unknown engine arguments
     ├── RowError            one row: recorded in its part as `error_code` and `error_message`, counted
     ├── ShardError          one shard: tried again up to `errors.max_attempts`

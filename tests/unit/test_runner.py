@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import load, run
+from jobs import load, retry_failed, run
 from jobs.runner import Driver
 from jobs.stopping import StopRequest
 from pipelines.errors import (
@@ -78,12 +78,13 @@ def test_a_folder_of_images_is_asked_for_where_rows_are_to_be_read(tmp_path: Pat
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     (pictures / "red.png").write_bytes(image("red"))
-    pq.write_table(pa.table({"text": ["What?"], "seen": ["red.png"]}), tmp_path / "x.parquet")
+    pq.write_table(pa.table({"text": ["What?"] * 2, "seen": ["red.png", "gone.png"]}), tmp_path / "x.parquet")
     settings = job(
         tmp_path / "x.parquet",
         tmp_path / "out",
         input={"images_folder": str(pictures)},
         prompt={"template": "{{ text }}", "images_column": "seen"},
+        errors={"max_error_rate": 0.5},
         model={"source": str(vision_tokenizer(tmp_path / "model"))},
     )
     output = stages.planned(settings)
@@ -93,5 +94,8 @@ def test_a_folder_of_images_is_asked_for_where_rows_are_to_be_read(tmp_path: Pat
 
     shutil.move(tmp_path / "elsewhere", pictures)
     stages.run(output.work("first"), output.plan.shards)
+    assert run(load(settings)).state == "complete"
     shutil.move(pictures, tmp_path / "elsewhere")
     assert run(load(settings)).state == "complete"
+    with pytest.raises(StorageError, match=r"^input\.images_folder"):
+        retry_failed(load(settings))
