@@ -53,7 +53,10 @@ def test_the_counters_end_at_what_the_run_wrote(tmp_path: Path) -> None:
         prompt={"template": "{{ '' if question | length is divisibleby(7) else question }}"},
         shards={"rows": 50},
         errors={"max_error_rate": 1.0},
-        model={"backend": "simulated", "simulated": {"tokens_per_s": 1000.0}},
+        model={
+            "backend": "simulated",
+            "simulated": {"tokens_per_s": 400.0},
+        },  # long enough for gauges to be told
     )
     stats = run(load(spec)).stats
     assert 0 < stats.rows_failed < 300
