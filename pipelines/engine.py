@@ -132,7 +132,7 @@ class Engine(Protocol):
     ) -> Answer:
         """Answer one prompt. Cancelling the call aborts the request inside the engine.
 
-        `max_tokens` and `sampling`: if not those that the engine was opened with. `variables`: the chat template's own ones,
+        `max_tokens` and `sampling`: if not those that the engine was opened with; the same object for all requests that are sampled alike. `variables`: the chat template's own ones,
         which may say whether the model reasons. `images`: given where the prompt has some, in the order of their places in
         `token_ids`.
 
