@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.markup import escape
 
 from jobs.cli_submit import address_option
-from jobs.command import command, job_arguments, main, show, stderr, stdout
+from jobs.command import command, followed, job_arguments, main, show, stderr, stdout
 from pipelines.errors import DrayError, OutputError, SpecError
 
 if TYPE_CHECKING:
@@ -69,26 +69,10 @@ def preview(target: str, overrides: tuple[str, ...], rows: int, generate: bool, 
 
 
 def to_the_end(work: Callable[..., Report], *, quiet: bool, as_json: bool, run_id: str | None = None) -> None:
-    """Do the work of a run (`run_id`, `observer` and `stop` given): progress on stderr, the summary on stdout."""
-    from jobs.console import Display, chatter_to, log_folder
-    from jobs.ledger import new_run_id
-    from jobs.stopping import StopRequest
-
-    run_id = run_id or new_run_id()
-    log = log_folder() / f"{run_id}.log"
-    try:
-        with (
-            StopRequest().on_signals() as stop,
-            chatter_to(log) as terminal,
-            Display(terminal, quiet=quiet or as_json) as display,
-        ):
-            report = work(run_id=run_id, observer=display, stop=stop)
-    except DrayError:
-        if not quiet:
-            stderr.print(f"log: {log}")
-        raise
+    """Do the work of a run, and show its summary on stdout."""
     from jobs.report import render
 
+    report = followed(work, quiet=quiet, as_json=as_json, run_id=run_id)
     show(report.to_dict(), render(report), as_json=as_json)
 
 
@@ -358,7 +342,7 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
         sys.exit(1)
 
 
-from jobs import cli_costs, cli_export, cli_models, cli_schedule  # noqa: E402,F401
+from jobs import cli_batch, cli_costs, cli_export, cli_models, cli_schedule  # noqa: E402,F401
 
 if __name__ == "__main__":
     main(prog_name=Path(sys.argv[0]).name)

@@ -11,7 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.markup import escape
 
 from pipelines import __version__
 from pipelines.errors import DrayError, Interrupted, JobError
+
+if TYPE_CHECKING:
+    from jobs.report import Report
 
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -81,3 +84,24 @@ def show(value: dict[str, Any], text: Any, *, as_json: bool) -> None:
         click.echo(json.dumps(value, indent=1, default=str))
     else:
         stdout.print(text)
+
+
+def followed(work: Callable[..., Report], *, quiet: bool, as_json: bool, run_id: str | None = None) -> Report:
+    """Do the work of a run (`run_id`, `observer` and `stop` given), with its progress on stderr."""
+    from jobs.console import Display, chatter_to, log_folder
+    from jobs.ledger import new_run_id
+    from jobs.stopping import StopRequest
+
+    run_id = run_id or new_run_id()
+    log = log_folder() / f"{run_id}.log"
+    try:
+        with (
+            StopRequest().on_signals() as stop,
+            chatter_to(log) as terminal,
+            Display(terminal, quiet=quiet or as_json) as display,
+        ):
+            return work(run_id=run_id, observer=display, stop=stop)
+    except DrayError:
+        if not quiet:
+            stderr.print(f"log: {log}")
+        raise

@@ -103,7 +103,7 @@ def load(
         path = base / os.path.expanduser(source)
         name = shown(path)
         tree = read_job_file(path, fill_extends)
-    tree = _overridden(tree, overrides)
+    tree = overridden(tree, overrides)
     run = {**_run_variables(date, now, _zone_of(tree, references)), **given}
     references = References(env, run)
 
@@ -124,7 +124,7 @@ def load(
         raw=masked(_with_absolute_paths(deepcopy(tree.values), base)),
         variables=run,
         unfilled={
-            key: _fill(value, key, before_run)
+            key: fill(value, key, before_run)
             for key, value in _leaves(tree.values)
             if references_in(value, "run")
         },
@@ -160,7 +160,8 @@ def _zone_of(tree: Tree, references: References) -> ZoneInfo:
 # ── Overrides ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _overridden(tree: Tree, overrides: Sequence[str] | Mapping[str, Any]) -> Tree:
+def overridden(tree: Tree, overrides: Sequence[str] | Mapping[str, Any]) -> Tree:
+    """The tree with the overrides above it, as `load` takes them. Raises SpecError."""
     if isinstance(overrides, str):
         overrides = [overrides]
     if isinstance(overrides, Mapping):
@@ -215,7 +216,7 @@ def _filled(tree: Tree, references: References, name: str, problems: list[str]) 
         try:
             if value == MASK and (key[1:2] == ("storage_options",) or is_secret_name(key[-1])):
                 raise SpecError("a secret that was not stored; give it as ${env:NAME}, or with an override")
-            return _fill(value, key, references)
+            return fill(value, key, references)
         except SpecError as error:
             problems.append(f"{tree.where(key, name)}: {'.'.join(key)}: {error}")
             return value
@@ -224,11 +225,12 @@ def _filled(tree: Tree, references: References, name: str, problems: list[str]) 
     return filled
 
 
-def _fill(value: Any, key: Key, references: References) -> Any:
+def fill(value: Any, key: Key, references: References) -> Any:
+    """A value of the tree, `key` in it, with its references filled in. Raises SpecError."""
     if isinstance(value, list):
-        return [_fill(item, key, references) for item in value]
+        return [fill(item, key, references) for item in value]
     if isinstance(value, dict):
-        return {name: _fill(item, key, references) for name, item in value.items()}
+        return {name: fill(item, key, references) for name, item in value.items()}
     if not isinstance(value, str):
         return value
     text = references.fill(value)

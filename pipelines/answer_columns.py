@@ -100,7 +100,8 @@ def _judged(step: JudgeStep, answers: Answers, says: Says) -> Columns:
 
 @answer_columns.register
 def _embedded(step: EmbedStep, answers: Answers, says: Says) -> Columns:
-    return {"": answers.generations["values"]}
+    tokens = {"_prompt_tokens": answers.prompt_tokens} if step.prompt_tokens else {}
+    return {"": answers.generations["values"], **tokens}
 
 
 @answer_columns.register

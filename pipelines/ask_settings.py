@@ -106,7 +106,7 @@ class GenerateStep(AskStep):
             raise ValueError(
                 "sampling.n: a generate step makes one answer for each record; draw several first (sampling.n of the job)"
             )
-        for key in ("logprobs", "max_tokens_column"):
+        for key in ("logprobs", "max_tokens_column", "params_column"):
             if getattr(self.sampling, key) is not None:
                 raise ValueError(f"sampling.{key}: only for the job's own prompt")
         if self.conversation is not None:
@@ -282,10 +282,13 @@ class EmbedStep(PoolingStep):
     """Keep only so many dimensions, of a Matryoshka model; default: all."""
     normalize: bool | None = None
     """Whether vectors have length 1; default: as the model's own configuration says, else true."""
+    prompt_tokens: bool = False
+    """Add `…_prompt_tokens`, how long the text is for the model."""
 
     @property
     def adds(self) -> dict[str, str]:
-        return {self.column: "list<float32>"}
+        tokens = {f"{self.column}_prompt_tokens": "int32"} if self.prompt_tokens else {}
+        return {self.column: "list<float32>", **tokens}
 
     @property
     def task(self) -> Task:

@@ -26,8 +26,10 @@ from __future__ import annotations
 import io
 import os
 import re
+import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, BinaryIO, cast
 
@@ -165,6 +167,27 @@ class Storage:
         """Make or overwrite, atomically; for what can be rebuilt (statistics, README)."""
         with explained(self.url(name)):
             self._backend.write(self._path(name), data)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """A file whose content makes or overwrites the object when the block ends, whole; nothing when it raises.
+
+        It grows on a disk, beside its target in a local folder, so that it may be larger than the memory.
+        """
+        path = self._path(name)
+        folder, _, base = path.rpartition("/") if self.is_local else (tempfile.gettempdir(), "", name)
+        temp = f"{folder}/.{base.rpartition('/')[2]}.{uuid.uuid4().hex[:8]}.partial"
+        try:
+            with explained(self.url(name)):
+                os.makedirs(folder, exist_ok=True)
+                file = open(temp, "xb")  # noqa: SIM115 -- closed below, where a fault is the caller's own
+            with file:
+                yield file
+            with explained(self.url(name)):
+                self._backend.put(path, temp)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temp)
 
     def delete(self, name: str, version: str | None = None) -> bool:
         """Remove the object; missing is well. With `version`: only that one, False when it is another by now."""

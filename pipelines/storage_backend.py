@@ -52,6 +52,9 @@ class Backend(Protocol):
     def write(self, path: str, data: bytes) -> None:
         """Make or overwrite, atomically."""
 
+    def put(self, path: str, file: str) -> None:
+        """Make or overwrite with the content of a local file, atomically. A local folder's backend takes the file itself."""
+
     def delete(self, path: str, version: str | None) -> bool:
         """Whether it is gone; False only when `version` is given and the object has another one."""
 

@@ -92,6 +92,12 @@ class LocalBackend:
             os.rename(temp, path)
             _sync_folder(path)
 
+    def put(self, path: str, file: str) -> None:
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+        os.rename(file, path)
+        _sync_folder(path)
+
     def delete(self, path: str, version: str | None) -> bool:
         try:
             if version is None:

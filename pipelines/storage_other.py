@@ -113,6 +113,9 @@ class OtherBackend:
     def write(self, path: str, data: bytes) -> None:
         persist(lambda: self._fs().pipe_file(path, data), self._patience_s)
 
+    def put(self, path: str, file: str) -> None:
+        persist(lambda: self._fs().put_file(file, path), self._patience_s)
+
     def delete(self, path: str, version: str | None) -> bool:
         try:
             if version is not None and self.info(path).version != version:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -141,6 +142,13 @@ class S3Backend:
     def write(self, path: str, data: bytes) -> None:
         self._put(path, data, {})
 
+    def put(self, path: str, file: str) -> None:
+        with open(file, "rb") as written:
+            large = os.fstat(written.fileno()).st_size > 2 * PART_BYTES
+            # In parts it is never in memory as a whole.
+            data = mmap.mmap(written.fileno(), 0, access=mmap.ACCESS_READ) if large else written.read()
+        self._put(path, data, {})
+
     def delete(self, path: str, version: str | None) -> bool:
         match = {"IfMatch": f'"{version}"'} if version else {}
         try:
@@ -163,7 +171,7 @@ class S3Backend:
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _put(self, path: str, data: bytes, condition: dict[str, str]) -> bool:
+    def _put(self, path: str, data: bytes | mmap.mmap, condition: dict[str, str]) -> bool:
         """Whether the object is the one of this call. A refused condition may be the echo of our own success:
         the answer to an earlier attempt was lost, or aiohttp or a proxy repeated it. The mark in the metadata tells."""
         mark = uuid.uuid4().hex
@@ -187,7 +195,9 @@ class S3Backend:
             return False
         return True
 
-    def _put_parts(self, path: str, data: bytes, condition: dict[str, str], tags: dict[str, Any]) -> None:
+    def _put_parts(
+        self, path: str, data: bytes | mmap.mmap, condition: dict[str, str], tags: dict[str, Any]
+    ) -> None:
         """Only the last request makes the object, so only it carries the condition."""
         url, place = f"s3://{path}", _place(path)
         upload = self._ask("create_multipart_upload", url, **place, **tags)["UploadId"]

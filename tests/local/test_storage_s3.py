@@ -84,6 +84,16 @@ def test_large_objects_go_in_parts_and_are_created_once(
     assert re.fullmatch(r"[0-9a-f]{32}-3", version), "the ETag of an upload in three parts"
 
 
+def test_a_large_file_goes_in_parts(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_s3, "PART_BYTES", 5 * 2**20)
+    with storage.writing("big") as file:
+        for number in range(12):
+            file.write(bytes([number]) * 2**20)
+    data, version = storage.read_versioned("big") or (b"", "")
+    assert data == b"".join(bytes([number]) * 2**20 for number in range(12))
+    assert re.fullmatch(r"[0-9a-f]{32}-3", version), "the ETag of an upload in three parts"
+
+
 def test_no_upload_is_left_behind(s3: S3Server, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_s3, "PART_BYTES", 5 * 2**20)
     data = bytes(11 * 2**20)

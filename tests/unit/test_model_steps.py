@@ -89,6 +89,18 @@ def test_vectors_have_the_dimensions_and_the_length_that_the_step_says(tmp_path:
     assert all(math.hypot(*vector) > 10 for vector in vectors)
 
 
+def test_a_vector_may_come_with_the_length_of_its_text(tmp_path: Path) -> None:
+    write_questions(tmp_path / "in", rows=3)
+    step = {"embed": {"column": "vector", "prompt": TEXT, "prompt_tokens": True}}
+    found = committed(alone(tmp_path, step))
+    rows = rows_of(found.folder)
+    assert rows.column_names[-2:] == ["vector", "vector_prompt_tokens"]
+    tokenizer = load_tokenizer(ModelSettings(source=str(TINY)))
+    lengths = [len(ids) for ids in tokenizer(rows["question"].to_pylist())["input_ids"]]
+    assert rows["vector_prompt_tokens"].to_pylist() == lengths
+    assert verify(found.storage, deep=True)["problems"] == []
+
+
 def test_a_label_comes_with_its_probability_and_all_others(tmp_path: Path) -> None:
     write_questions(tmp_path / "in", rows=12)
     rows = rows_of(committed(alone(tmp_path, CLASSIFY)).folder)
@@ -268,6 +280,7 @@ def step(kind: str, **more: Any) -> dict[str, Any]:
         ({"steps": [step("score", sampling={})]}, "steps.score.sampling: unknown key"),
         ({"steps": [{"score": {"column": "a", "prompt": TEXT}}]}, "steps.score.answer: missing"),
         ({"steps": [step("embed")], "sampling": {"n": 2, "temperature": 1}}, "sampling.n: the job has no prompt that it could be for"),
+        ({"steps": [step("embed")], "sampling": {"params_column": "p"}}, "sampling.params_column: the job has no prompt that it could be for"),
         ({"steps": [step("embed")], "sampling": {"output_schema": {"type": "string"}}}, "sampling.output_schema: the job has no prompt"),
         ({"steps": [step("embed")], "output": {"provenance": True}}, "output.provenance: it is the job's own prompt's"),
         ({"steps": [step("embed")], "model": {"lora": {"source": "org/adapter", "revision": "1"}}}, "model.lora: embed takes no adapter"),

@@ -82,6 +82,26 @@ class StorageContract:
         assert storage.read("stats/a") == b"22"
         assert storage.info("stats/a").size == 2
 
+    def test_a_file_that_is_written_appears_whole_or_not_at_all(self, storage: Storage) -> None:
+        with storage.writing("x/results") as file:
+            file.write(b"12")
+            file.write(b"34")
+            assert not storage.exists("x/results")
+        assert storage.read("x/results") == b"1234"
+        with storage.writing("x/results"):
+            pass
+        assert storage.read("x/results") == b""
+
+        def fail() -> None:
+            with storage.writing("x/results") as file:
+                file.write(b"half")
+                raise RuntimeError("halfway")
+
+        with pytest.raises(RuntimeError, match="halfway"):
+            fail()
+        assert storage.read("x/results") == b""
+        assert [info.name for info in storage.list("x")] == ["x/results"]
+
     def test_delete_of_one_version(self, storage: Storage) -> None:
         storage.write("a", b"1")
         old = storage.info("a").version

@@ -1,0 +1,307 @@
+"""What one request of an OpenAI batch file asks: its prompt, the sampling of its own, and what only the whole job can have.
+
+    body ─► `read_body` ─► Asked(prompt, own, shared); for `shared` see `jobs.openai_shared`
+
+Nothing is dropped silently: a key is mapped, has no influence on the answer, holds the value that says nothing, or is refused by name.
+
+Sources: https://platform.openai.com/docs/api-reference (chat, completions, embeddings); of vLLM 0.32
+`entrypoints/openai/chat_completion/protocol.py` and `completion/protocol.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipelines.errors import SpecError
+from pipelines.settings import SamplingSettings
+
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+#: Endpoint → what its bodies call the prompt; the column of the job's input has the same name.
+ENDPOINTS = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}
+
+#: Sampling parameters that a row may have for itself (`sampling.params_column`), by the names of OpenAI, vLLM and Dray.
+OWN = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "max_tokens",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "bad_words",
+    "ignore_eos",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+)
+_GENERATED = (
+    "n",
+    "skip_special_tokens",
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
+#: What only the job can have.
+SHARED = {
+    CHAT: (*_GENERATED, "tools", "tool_choice", "chat_template_kwargs", "reasoning_effort"),
+    COMPLETIONS: _GENERATED,
+    EMBEDDINGS: ("dimensions", "encoding_format"),
+}
+#: Keys that change no answer: whose request it is, how it is paid for, hurried, cached or sent.
+IGNORED = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "stream_options",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "priority",
+        "request_id",
+        "session_id",
+        "cache_salt",
+        "stream_interval",
+    }
+)
+#: Values that say nothing, being the default of OpenAI or vLLM; any other one of these keys is refused.
+_NEUTRAL: dict[str, Any] = {
+    "stream": False,
+    "logit_bias": {},
+    "best_of": 1,
+    "echo": False,
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "spaces_between_special_tokens": True,
+    "return_token_ids": False,
+    "return_tokens_as_token_ids": False,
+}
+NEUTRAL: dict[str, dict[str, Any]] = {
+    CHAT: {
+        **_NEUTRAL,
+        "logprobs": False,
+        "top_logprobs": 0,
+        "modalities": ["text"],
+        "parallel_tool_calls": True,
+        "verbosity": "medium",
+        "add_generation_prompt": True,
+        "continue_final_message": False,
+        "add_special_tokens": False,
+        "include_reasoning": True,
+        "n": 1,
+        "skip_special_tokens": True,
+        "response_format": {"type": "text"},
+        "tools": [],
+        "tool_choice": "auto",
+        "chat_template_kwargs": {},
+    },
+    COMPLETIONS: {
+        **_NEUTRAL,
+        "suffix": "",
+        "add_special_tokens": True,
+        "n": 1,
+        "skip_special_tokens": True,
+        "response_format": {"type": "text"},
+    },
+    EMBEDDINGS: {"encoding_format": "float", "add_special_tokens": True},
+}
+_WAYS_OUT = {
+    "stream": "a batch has no stream",
+    "functions": "give them as tools",
+    "function_call": "give tools and tool_choice",
+    "modalities": "answers are text",
+    "audio": "answers are text",
+    "parallel_tool_calls": "an answer holds the calls that the model makes",
+}
+_SHOWN = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistake:
+    """One thing that is wrong with a batch file."""
+
+    line: int
+    """From 1."""
+    custom_id: str | None
+    key: str
+    """`body.temperature`, `custom_id`; empty where it is about the line as a whole."""
+    text: str
+    """What was given, and the way out."""
+
+
+class BatchMistakes(SpecError):
+    """What is wrong with a batch file, one line each and ten at most; `mistakes` has them as data."""
+
+    def __init__(self, source: str, mistakes: tuple[Mistake, ...], more: int = 0) -> None:
+        lines = []
+        for one in mistakes:
+            who = "" if one.custom_id is None else f" (custom_id {shown(one.custom_id)})"
+            about = f" {one.key}:" if one.key else ""
+            lines.append(f"{source}:{one.line}{who}:{about} {one.text}")
+        super().__init__("\n".join(lines + ([f"… and {more} more"] if more else [])))
+        self.mistakes = mistakes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What one body asks."""
+
+    prompt: str
+    """The messages as JSON text, or the text."""
+    own: dict[str, Any]
+    """Of `OWN`, what is given, as `SamplingSettings` has it."""
+    shared: dict[str, Any]
+    """Of `SHARED`, what is given and no default, as it is written."""
+
+
+class Refused(Exception):
+    """`args`: key of the body, what is wrong."""
+
+
+def read_body(body: Mapping[str, Any], endpoint: str) -> Asked | list[tuple[str, str]]:
+    """What a body asks, or what is wrong with it: (key of the body, what was given and the way out).
+
+    What is `shared` is looked at by `openai_shared.problems_of`, once for all lines. A null is a key that is not given.
+    """
+    given = {key: value for key, value in body.items() if value is not None}
+    neutral, name = NEUTRAL[endpoint], ENDPOINTS[endpoint]
+    problems: list[tuple[str, str]] = []
+    own: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
+    for key, value in given.items():
+        if key in (name, "model") or key in IGNORED or (key in neutral and _same(value, neutral[key])):
+            continue
+        if key in SHARED[endpoint]:
+            shared[key] = value
+        elif endpoint != EMBEDDINGS and key in OWN:
+            own[key] = value
+        elif endpoint == CHAT and key == "max_completion_tokens":
+            if given.get("max_tokens", value) != value:
+                problems.append(
+                    (key, f"{shown(value)}, and max_tokens is {shown(given['max_tokens'])}: give one")
+                )
+            own["max_tokens"] = value
+        else:
+            way = _WAYS_OUT.get(key, "it would change the answer, and Dray has nothing for it")
+            problems.append((key, f"{shown(value)} is not supported ({way}); take it out of the line"))
+    try:
+        prompt = _PROMPTS[endpoint](given.get(name))
+    except Refused as refused:
+        prompt = ""
+        problems.append(refused.args)
+    if own:
+        own, wrong = _sampled(own, shared.get("n", 1))
+        problems += wrong
+    return problems or Asked(prompt=prompt, own=own, shared=shared)
+
+
+def shown(value: Any) -> str:
+    """A value of the file as messages show it, cut to a line's length."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equal, and not as 0 equals false."""
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def _sampled(own: dict[str, Any], n: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The parameters as `SamplingSettings` has them: numbers of one type, stop strings as a list; empty lists left out."""
+    if isinstance(own.get("stop"), str):
+        own["stop"] = [own["stop"]]
+    own = {key: value for key, value in own.items() if value != []}
+    try:
+        settings = SamplingSettings.model_validate(
+            {**own, **({"n": n} if isinstance(n, int) else {})}, strict=True
+        )
+    except ValidationError as error:
+        return own, told(error, own)
+    return {key: getattr(settings, key) for key in own}, []
+
+
+def told(error: ValidationError, given: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Pydantic's mistakes, one for each key."""
+    told: dict[str, str] = {}
+    for found in error.errors():
+        key = str(found["loc"][0]) if found["loc"] else ""
+        what = f"{shown(given[key])}: " if key in given else ""
+        told.setdefault(key, what + found["msg"].removeprefix("Value error, "))
+    return list(told.items())
+
+
+# ── Prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _messages(messages: Any) -> str:
+    if not isinstance(messages, list) or not messages:
+        raise Refused("messages", f"expected a list of messages, got {shown(messages)}")
+    return _json([_message(place, message) for place, message in enumerate(messages)], "messages")
+
+
+def _message(place: int, message: Any) -> dict[str, Any]:
+    key = f"messages[{place}]"
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise Refused(key, f"expected an object with role and content, got {shown(message)}")
+    content = message.get("content")
+    for number, part in enumerate(content if isinstance(content, list) else ()):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "image_url"):
+            raise Refused(
+                f"{key}.content[{number}]", f"{shown(part)}: only parts of type text and image_url are taken"
+            )
+    if content is not None and not isinstance(content, str | list):
+        raise Refused(f"{key}.content", f"expected text or a list of parts, got {shown(content)}")
+    if not isinstance(message.get("tool_calls"), list):
+        return message
+    return {**message, "tool_calls": [_call(call) for call in message["tool_calls"]]}
+
+
+def _call(call: Any) -> Any:
+    """A call's arguments as an object, which chat templates expect; vLLM's server does the same. What is no JSON stays."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, str):
+        raise Refused(name, f"expected one text, got {shown(value)}; give each text a line of its own")
+    _json(value, name)
+    return value
+
+
+def _json(value: Any, name: str) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Refused(name, "holds half of a surrogate pair (\\ud800 to \\udfff), which is no text") from None
+    return text
+
+
+_PROMPTS: dict[str, Callable[[Any], str]] = {
+    CHAT: _messages,
+    COMPLETIONS: lambda value: _text("prompt", value),
+    EMBEDDINGS: lambda value: _text("input", value),
+}

@@ -1,0 +1,445 @@
+"""An OpenAI batch file becomes a job: what is mapped, what is refused, and that the same file makes the same job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from jobs.openai_batch import Batch, convert
+from jobs.openai_body import CHAT, COMPLETIONS, EMBEDDINGS, IGNORED, BatchMistakes
+from pipelines.errors import InputError, SpecError
+from tests.local.runs import TINY
+
+HELLO = [{"role": "user", "content": "Hello"}]
+PROMPTS: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": HELLO},
+    COMPLETIONS: {"prompt": "Once"},
+    EMBEDDINGS: {"input": "a text"},
+}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def line(custom_id: str, url: str = CHAT, /, **body: Any) -> dict[str, Any]:
+    """A request whose body has a prompt and this."""
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": {**PROMPTS[url], **body}}
+
+
+def bodies(url: str, *every: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [line(f"r{number}", url, **body) for number, body in enumerate(every)]
+
+
+Convert = Callable[..., Batch]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Convert:
+    """Converts these lines, for the tiny model."""
+
+    def convert_lines(lines: Iterable[Any], /, **how: Any) -> Batch:
+        texts = [one if isinstance(one, str) else json.dumps(one) for one in lines]
+        (tmp_path / "batch.jsonl").write_text("\n".join(texts) + "\n")
+        return convert(str(tmp_path / "batch.jsonl"), str(tmp_path / "work"), **{"model": str(TINY), **how})
+
+    return convert_lines
+
+
+def rows(batch: Batch) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = pq.read_table(
+        Path(batch.job_file).with_name("requests.parquet")
+    ).to_pylist()
+    return found
+
+
+def mistakes(made: Convert, lines: Iterable[Any]) -> list[str]:
+    """What is said of a file, without its path."""
+    with pytest.raises(BatchMistakes) as refused:
+        made(lines)
+    text = str(refused.value)
+    assert all(row.startswith(("…", "/")) for row in text.splitlines())
+    return [row.partition("batch.jsonl:")[2] or row for row in text.splitlines()]
+
+
+# ── What becomes of a good file ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_chat_becomes_a_job(made: Convert) -> None:
+    sampled = {"temperature": 0, "top_p": 1, "stop": "END", "max_completion_tokens": 7, "top_k": 3, "n": 1}
+    batch = made(
+        ["", *bodies(CHAT, *[{"model": "gpt-4o", "user": "u", "stream": False, **sampled}] * 2), "  "]
+    )
+    assert (batch.endpoint, batch.requests, batch.model) == (CHAT, 2, "gpt-4o")
+    spec = batch.load().spec
+    assert spec.model.source == str(TINY)
+    assert spec.prompt is not None
+    assert spec.prompt.messages_column == "messages"
+    sampling = spec.sampling
+    assert (sampling.temperature, sampling.stop, sampling.max_tokens, sampling.top_k) == (0.0, ["END"], 7, 3)
+    assert spec.output.columns == ["custom_id"]
+    assert spec.errors.max_error_rate == 1.0
+    assert [set(row) for row in rows(batch)] == [{"custom_id", "messages"}] * 2
+    assert [row["custom_id"] for row in rows(batch)] == ["r0", "r1"]
+    assert json.loads(rows(batch)[0]["messages"]) == HELLO
+
+
+def test_completions_are_not_chats(made: Convert) -> None:
+    batch = made(bodies(COMPLETIONS, {}, {"prompt": ["twice"], "echo": False, "suffix": None}))
+    spec = batch.load().spec
+    assert spec.prompt is not None
+    assert (spec.prompt.prompt_column, spec.prompt.chat) == ("prompt", False)
+    assert spec.sampling.max_tokens == 16
+    assert [row["prompt"] for row in rows(batch)] == ["Once", "twice"]
+
+
+def test_embeddings_are_a_step(made: Convert) -> None:
+    body = {"dimensions": 8, "encoding_format": "base64"}
+    batch = made(bodies(EMBEDDINGS, body, {**body, "input": ["b"]}))
+    spec = batch.load().spec
+    assert spec.prompt is None
+    [step] = spec.steps
+    assert step.embed is not None
+    assert (step.embed.dimensions, step.embed.asked_prompt.prompt_column) == (8, "input")
+    assert batch.encoding_format == "base64"
+    assert [row["input"] for row in rows(batch)] == ["a text", "b"]
+
+
+def test_what_lines_have_of_their_own_is_a_column(made: Convert) -> None:
+    batch = made(
+        bodies(
+            CHAT,
+            {"temperature": 0.5, "max_tokens": 5, "seed": 3},
+            {"temperature": 0.5, "max_completion_tokens": 6, "seed": 3},
+            {"temperature": 0.5, "seed": 3, "stop": []},
+            {"temperature": 0.5, "seed": None},
+        )
+    )
+    found = [json.loads(row["sampling_params"] or "null") for row in rows(batch)]
+    assert found == [{"max_tokens": 5, "seed": 3}, {"max_tokens": 6, "seed": 3}, {"seed": 3}, None]
+    assert batch.settings["sampling"] == {
+        "temperature": 0.5,
+        "max_tokens": None,
+        "params_column": "sampling_params",
+    }
+
+
+def test_a_seed_is_a_lines_own_also_where_all_have_it(made: Convert) -> None:
+    batch = made(bodies(CHAT, {"seed": 1}, {"seed": 1}))
+    assert [row["sampling_params"] for row in rows(batch)] == ['{"seed": 1}'] * 2
+    assert "seed" not in batch.settings["sampling"]
+
+
+@pytest.mark.parametrize(
+    ("body", "becomes"),
+    [
+        ({"response_format": {"type": "text"}}, {}),
+        ({"response_format": {"type": "json_object"}}, {"output_schema": {"type": "object"}}),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "integer"}},
+                }
+            },
+            {"output_schema": {"type": "integer"}},
+        ),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, {"structured_outputs": {"choice": ["a", "b"]}}),
+        ({"structured_outputs": {"json": '{"type": "integer"}'}}, {"output_schema": {"type": "integer"}}),
+        ({"structured_outputs": {"json_object": True}}, {"output_schema": {"type": "object"}}),
+        ({"guided_regex": "a+"}, {"structured_outputs": {"regex": "a+"}}),
+        ({"guided_json": {"type": "integer"}}, {"output_schema": {"type": "integer"}}),
+        ({"guided_choice": ["x"]}, {"structured_outputs": {"choice": ["x"]}}),
+        ({"guided_grammar": "root ::= 'a'"}, {"structured_outputs": {"grammar": "root ::= 'a'"}}),
+        ({"n": 3}, {"n": 3}),
+        ({"skip_special_tokens": False}, {"skip_special_tokens": False}),
+    ],
+)
+def test_what_only_the_job_can_have(made: Convert, body: dict[str, Any], becomes: dict[str, Any]) -> None:
+    batch = made(bodies(CHAT, body, body))
+    assert batch.settings["sampling"] == {**becomes, "max_tokens": None}
+    batch.load()
+
+
+def test_tools_come_with_a_parser(made: Convert) -> None:
+    lines = bodies(CHAT, {"tools": [TOOL], "tool_choice": "auto"}, {"tools": [TOOL]})
+    with pytest.raises(SpecError, match=r"body.tools: .* sampling.tool_call_parser=hermes"):
+        made(lines)
+    spec = made(lines, overrides=["sampling.tool_call_parser=hermes"]).load().spec
+    assert spec.prompt is not None
+    assert spec.prompt.tools == [TOOL]
+
+
+def test_tools_that_may_not_be_called_are_not_shown(made: Convert) -> None:
+    assert "tools" not in made(bodies(CHAT, {"tools": [TOOL], "tool_choice": "none"})).settings["prompt"]
+
+
+def test_earlier_calls_have_their_arguments_as_objects(made: Convert) -> None:
+    def turn(arguments: str) -> dict[str, Any]:
+        call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+    batch = made(bodies(CHAT, {"messages": [*HELLO, turn('{"a": 1}'), turn("broken"), turn("")]}))
+    calls = [
+        turn["tool_calls"][0]["function"]["arguments"] for turn in json.loads(rows(batch)[0]["messages"])[1:]
+    ]
+    assert calls == [{"a": 1}, "broken", {}]
+
+
+def test_reasoning_effort_goes_to_the_template_as_vllms_server_gives_it(made: Convert) -> None:
+    batch = made(bodies(CHAT, {"reasoning_effort": "low", "chat_template_kwargs": {"x": 1}}))
+    asked = batch.settings["prompt"]["chat_template_kwargs"]
+    assert asked == {"enable_thinking": True, "x": 1, "reasoning_effort": "low"}
+
+
+def test_images_stay_where_they_are(made: Convert) -> None:
+    parts = [
+        {"type": "text", "text": "What is it?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}},
+    ]
+    batch = made(bodies(CHAT, {"messages": [{"role": "user", "content": parts}]}))
+    assert json.loads(rows(batch)[0]["messages"])[0]["content"] == parts
+
+
+def test_what_has_no_influence_is_ignored(made: Convert) -> None:
+    body = dict.fromkeys(IGNORED, "anything")
+    assert made(bodies(CHAT, body, {})).settings["sampling"] == {"max_tokens": None}
+
+
+def test_texts_of_the_file_are_no_references(made: Convert) -> None:
+    odd = ["${env:HOME}", "0o17", "1e-3", "no", "\x85\u2028", "😀", "{{ x }}"]
+    batch = made(bodies(CHAT, {"stop": odd}, {"stop": odd}))
+    assert batch.load().spec.sampling.stop == odd
+
+
+# ── What is refused ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "says"),
+    [
+        (CHAT, {"messages": []}, "body.messages: expected a list of messages, got []"),
+        (CHAT, {"messages": "hi"}, 'body.messages: expected a list of messages, got "hi"'),
+        (CHAT, {"messages": [{"content": "x"}]}, "body.messages[0]: expected an object with role and content"),
+        (CHAT, {"messages": [{"role": "user", "content": 3}]}, "body.messages[0].content: expected text"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+            'body.messages[0].content[0]: {"type": "input_audio"}: only parts of type text and image_url',
+        ),
+        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, "body.messages: holds half of a surrogate pair"),
+        (CHAT, {"logprobs": True}, "body.logprobs: true is not supported"),
+        (CHAT, {"top_logprobs": 5}, "body.top_logprobs: 5 is not supported"),
+        (CHAT, {"logit_bias": {"1": 5}}, "body.logit_bias: "),
+        (CHAT, {"stream": True}, "body.stream: true is not supported (a batch has no stream)"),
+        (CHAT, {"audio": {"voice": "x"}}, "body.audio: "),
+        (CHAT, {"modalities": ["text", "audio"]}, "body.modalities: "),
+        (CHAT, {"functions": []}, "body.functions: [] is not supported (give them as tools)"),
+        (CHAT, {"parallel_tool_calls": False}, "body.parallel_tool_calls: false is not supported"),
+        (CHAT, {"echo": True}, "body.echo: "),
+        (CHAT, {"use_beam_search": True}, "body.use_beam_search: "),
+        (CHAT, {"allowed_token_ids": [1]}, "body.allowed_token_ids: "),
+        (CHAT, {"web_search_options": {}}, "body.web_search_options: {} is not supported (it would change the answer"),
+        (CHAT, {"temprature": 0.5}, "body.temprature: 0.5 is not supported"),
+        (CHAT, {"temperature": "0.5"}, 'body.temperature: "0.5": Input should be a valid number'),
+        (CHAT, {"temperature": -1}, "body.temperature: -1: Input should be greater than or equal to 0"),
+        (CHAT, {"temperature": True}, "body.temperature: true: true and false are not allowed here"),
+        (CHAT, {"max_tokens": 0}, "body.max_tokens: 0: Input should be greater than 0"),
+        (CHAT, {"max_tokens": 3, "max_completion_tokens": 4}, "body.max_completion_tokens: 4, and max_tokens is 3: give one"),
+        (CHAT, {"min_tokens": 5, "max_tokens": 4}, "body: min_tokens 5 is above max_tokens 4"),
+        (CHAT, {"n": 2, "temperature": 0}, "body: n > 1 with temperature 0 gives n equal answers"),
+        (CHAT, {"n": "2"}, 'body.n: "2": Input should be a valid integer'),
+        (CHAT, {"n": True}, "body.n: true: true and false are not allowed here"),
+        (CHAT, {"n": 0}, "body.n: 0: Input should be greater than 0"),
+        (CHAT, {"tools": [{"type": "web_search"}]}, "body.tools: "),
+        (CHAT, {"tools": [TOOL], "tool_choice": "required"}, 'body.tool_choice: "required": only auto and none'),
+        (CHAT, {"response_format": {"type": "structural_tag"}}, "body.response_format: "),
+        (CHAT, {"response_format": {"type": "json_schema"}}, "body.response_format.json_schema.schema: expected a JSON Schema, got null"),
+        (CHAT, {"guided_json": {"type": "nothing"}}, "body.guided_json: not a JSON Schema"),
+        (CHAT, {"guided_regex": "a", "guided_choice": ["b"]}, "body.guided_regex and guided_choice: an answer has one form"),
+        (CHAT, {"structured_outputs": {"structural_tag": "x"}}, "body.structured_outputs: expected one of json, json_object"),
+        (CHAT, {"chat_template_kwargs": [1]}, "body.chat_template_kwargs: expected an object, got [1]"),
+        (COMPLETIONS, {"prompt": ["a", "b"]}, 'body.prompt: expected one text, got ["a", "b"]; give each text a line'),
+        (COMPLETIONS, {"prompt": [1, 2]}, "body.prompt: expected one text, got [1, 2]"),
+        (COMPLETIONS, {"prompt": None}, "body.prompt: expected one text, got null"),
+        (COMPLETIONS, {"logprobs": 0}, "body.logprobs: 0 is not supported"),
+        (COMPLETIONS, {"suffix": "end"}, "body.suffix: "),
+        (COMPLETIONS, {"echo": True}, "body.echo: "),
+        (COMPLETIONS, {"best_of": 2}, "body.best_of: "),
+        (COMPLETIONS, {"tools": [TOOL]}, "body.tools: "),
+        (EMBEDDINGS, {"input": ["a", "b"]}, "body.input: expected one text"),
+        (EMBEDDINGS, {"temperature": 1}, "body.temperature: 1 is not supported"),
+        (EMBEDDINGS, {"dimensions": -1}, "body.dimensions: -1: Input should be greater than 0"),
+        (EMBEDDINGS, {"encoding_format": "int8"}, 'body.encoding_format: "int8": give float or base64'),
+    ],
+)  # fmt: skip
+def test_a_body_is_refused_by_line_and_key(made: Convert, url: str, body: dict[str, Any], says: str) -> None:
+    [said] = mistakes(made, [line("a", url, **body)])
+    assert said.startswith(f'1 (custom_id "a"): {says}')
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "1: no JSON in UTF-8"),
+        ('{"custom_id": NaN}', "1: no JSON in UTF-8 (NaN is no JSON)"),
+        ("[1]", "1: expected an object with custom_id, method, url, body; got [1]"),
+        ({**line("a"), "custom_id": 7}, "1: custom_id: expected text that no other line has, got 7"),
+        ({**line("a"), "custom_id": "\udc00"}, "1: custom_id: expected text"),
+        ({**line("a"), "method": "GET"}, '1 (custom_id "a"): method: expected "POST", got "GET"'),
+        ({**line("a"), "url": "/v1/responses"}, '1 (custom_id "a"): url: expected one of /v1/chat/completions,'),
+        ({**line("a"), "url": ["/v1/completions"]}, '1 (custom_id "a"): url: expected one of /v1/chat/completions,'),
+        (line("a", model=3), '1 (custom_id "a"): body.model: expected a name, got 3'),
+        ({**line("a"), "body": "x"}, '1 (custom_id "a"): body: expected an object, got "x"'),
+        ({**line("a"), "boby": 1}, '1 (custom_id "a"): boby: a line has custom_id, method, url, body and nothing else'),
+    ],
+)  # fmt: skip
+def test_a_line_is_refused(made: Convert, text: Any, says: str) -> None:
+    [said] = mistakes(made, [text])
+    assert said.startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([line("a"), "", line("a")], '3 (custom_id "a"): custom_id: line 1 has it already; each line needs its own'),
+        ([line("a"), line("b", COMPLETIONS)], '2 (custom_id "b"): url: "/v1/completions", and line 1 has "/v1/chat/completions"'),
+        ([line("a", model="x"), line("b", model="y")], '2 (custom_id "b"): body.model: "y", and line 1 has "x": a file has one'),
+        ([line("a", model="x"), line("b")], '2 (custom_id "b"): body.model: none, and line 1 has "x"'),
+        ([line("a", n=2), line("b", n=2), line("c")], '3 (custom_id "c"): body.n: none, and line 1 has 2: it is the same for a whole job; split'),
+        ([line("a"), line("b", tools=[TOOL])], '2 (custom_id "b"): body.tools: '),
+        ([line("a", response_format={"type": "json_object"}), line("b")], '2 (custom_id "b"): body.response_format: none, and line 1 has'),
+        ([line("a", EMBEDDINGS, dimensions=4), line("b", EMBEDDINGS, dimensions=5)], '2 (custom_id "b"): body.dimensions: 5, and line 1 has 4'),
+    ],
+)  # fmt: skip
+def test_lines_that_do_not_agree_name_each_other(made: Convert, lines: list[Any], says: str) -> None:
+    [said] = mistakes(made, lines)
+    assert said.startswith(says)
+
+
+def test_all_mistakes_are_told_up_to_ten(made: Convert, tmp_path: Path) -> None:
+    lines = [line(f"r{number}", stream=number % 2 == 0) for number in range(30)]
+    said = mistakes(made, lines)
+    assert [row.partition(" ")[0] for row in said] == [*(str(number) for number in range(1, 20, 2)), "…"]
+    assert said[-1] == "… and 5 more"
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_a_file_without_requests(made: Convert, text: str) -> None:
+    with pytest.raises(InputError, match="holds no requests"):
+        made([text])
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        convert(str(tmp_path / "none.jsonl"), str(tmp_path / "work"), model=str(TINY))
+
+
+# ── The user's job file and overrides ────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_model_is_needed(made: Convert) -> None:
+    with pytest.raises(SpecError, match=r"model: missing; .* --model"):
+        made(bodies(CHAT, {"model": "gpt-4o"}), model=None)
+
+
+def test_a_job_file_brings_what_the_lines_do_not_say(made: Convert, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(
+        f"name: mine\nmodel: {{source: {TINY}}}\nsampling: {{temperature: 0.3, max_tokens: 9}}\n"
+        "errors: {max_error_rate: 0.5}\npool: {replicas: 2}\n"
+    )
+    batch = made(bodies(CHAT, {"temperature": 0.1}), model=None, extends=str(tmp_path / "job.yaml"))
+    spec = batch.load().spec
+    assert (spec.name, spec.pool.replicas, spec.errors.max_error_rate) == ("mine", 2, 0.5)
+    assert (spec.sampling.temperature, spec.sampling.max_tokens) == (0.1, 9)
+    assert batch.settings["extends"] == [str(tmp_path / "job.yaml")]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "input.path=x",
+        "output.columns=[a]",
+        "prompt.template=x",
+        "steps=[{filter: {where: x}}]",
+        "sampling.max_tokens_column=x",
+    ],
+)
+def test_what_the_batch_file_says_nobody_else_does(made: Convert, override: str) -> None:
+    with pytest.raises(SpecError, match=r"override: .*: the batch file says that; leave it out"):
+        made(bodies(CHAT, {}), overrides=[override])
+
+
+def test_an_override_of_what_lines_say_is_refused(made: Convert) -> None:
+    lines = bodies(CHAT, {"temperature": 0.1, "seed": 1, "n": 2})
+    for key in ("temperature", "seed", "n"):
+        with pytest.raises(SpecError, match=f"override: sampling.{key}: the lines of"):
+            made(lines, overrides={f"sampling.{key}": 1})
+    assert made(lines, overrides={"sampling.top_p": 0.5, "pool.replicas": 3}).settings["pool"] == {
+        "replicas": 3
+    }
+
+
+# ── Again ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_same_file_makes_the_same_job_and_leaves_its_requests_alone(
+    made: Convert, tmp_path: Path
+) -> None:
+    lines = bodies(CHAT, *[{"seed": number, "temperature": number / 10} for number in range(9)])
+    work = tmp_path / "work"
+
+    def content() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in work.iterdir() if path.is_file()}
+
+    first, before = made(lines), content()
+    stamp = (work / "requests.parquet").stat().st_mtime_ns
+    assert made(lines) == first
+    assert content() == before
+    assert (work / "requests.parquet").stat().st_mtime_ns == stamp
+    for path in work.iterdir():
+        if path.is_file():
+            path.unlink()
+    assert made(lines) == first
+    assert content() == before
+
+
+def test_another_file_does_not_go_to_the_same_folder(made: Convert) -> None:
+    made(bodies(CHAT, {}))
+    with pytest.raises(SpecError, match="has other content: choose another output file or work folder"):
+        made(bodies(CHAT, {}, {}))
+
+
+def test_a_conversion_that_was_killed_is_made_anew(made: Convert, tmp_path: Path) -> None:
+    made(bodies(CHAT, {}))
+    (tmp_path / "work" / "batch.json").unlink()
+    assert made(bodies(CHAT, {}, {})).requests == 2
+
+
+def test_a_job_changes_with_its_overrides(made: Convert) -> None:
+    lines = bodies(CHAT, {})
+    made(lines)
+    batch = made(lines, overrides=["pool.replicas=2"])
+    assert yaml.safe_load(Path(batch.job_file).read_text())["pool"] == {"replicas": 2}
+
+
+def test_a_file_goes_in_row_groups(made: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.openai_batch._GROUP_ROWS", 10)
+    batch = made(bodies(CHAT, *[{"seed": number} for number in range(25)]))
+    parquet = pq.ParquetFile(Path(batch.job_file).with_name("requests.parquet"))
+    assert [parquet.metadata.row_group(group).num_rows for group in range(3)] == [10, 10, 5]
+    assert [json.loads(row["sampling_params"])["seed"] for row in rows(batch)] == list(range(25))
+
+
+def test_any_store_will_do(made: Convert, tmp_path: Path) -> None:
+    import fsspec
+
+    made(bodies(CHAT, {}))
+    fsspec.filesystem("memory").pipe_file("/in/batch.jsonl", (tmp_path / "batch.jsonl").read_bytes())
+    batch = convert("memory://in/batch.jsonl", "memory://work/x", model=str(TINY))
+    assert batch.job_file == "memory://work/x/job.yaml"
+    assert batch.load().spec.input.path == "memory://work/x/requests.parquet"
