@@ -8,7 +8,7 @@ A row's parameters are checked by the settings that they make of the job's, each
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, NamedTuple
 
@@ -20,8 +20,8 @@ from pipelines.contracts import PARAMS_TYPE
 from pipelines.errors import RowError
 from pipelines.settings import ROW_PARAMS, SamplingSettings
 
-#: Distinct sets of parameters that are remembered.
-MOST_KNOWN = 4096
+#: Distinct sets of parameters that are remembered, and texts of them.
+MOST_KNOWN = 1024
 #: vLLM holds numbers of tokens in 32 bits, and a seed in 64, to which it adds a sample's index, as other tries add to it.
 _MOST = 2**31 - 1
 _MOST_SEED = 2**63 - 2**20
@@ -29,6 +29,8 @@ _SEED = TypeAdapter(Annotated[int, Field(ge=0, le=_MOST_SEED)])
 #: Characters of what was given that an error shows.
 _SHOWN = 80
 _ALLOWED = ", ".join(ROW_PARAMS)
+#: `float`: of decimals, which structs may hold.
+_JSON = json.JSONEncoder(sort_keys=True, default=float)
 #: What pydantic's messages begin with.
 _SHOULD = "Input should be "
 
@@ -53,6 +55,7 @@ class RowParams:
         self._sampling = sampling
         self._job = sampling.model_dump()
         self._checked = lru_cache(MOST_KNOWN)(self._check)
+        self._of_text = lru_cache(MOST_KNOWN)(self._of_json)
 
     def __call__(self, table: pa.Table) -> list[Own | RowError]:
         """One per row of `table`, or why the row's parameters will not do.
@@ -62,9 +65,12 @@ class RowParams:
         name = self._sampling.params_column or self._sampling.max_tokens_column
         if name is None or name not in table.column_names:
             return [_NONE] * table.num_rows
-        column = table.column(table.schema.get_all_field_indices(name)[0]).to_pylist()
-        read = self._limit if self._sampling.params_column is None else self._own
-        return [_NONE if value is None else read(value) for value in column]
+        column = table.column(table.schema.get_all_field_indices(name)[0])
+        if self._sampling.params_column is None:
+            read: Callable[[Any], Own | RowError] = self._limit
+        else:
+            read = self._of_struct if pa.types.is_struct(column.type) else self._of_text
+        return [_NONE if value is None else read(value) for value in column.to_pylist()]
 
     def _limit(self, value: int) -> Own | RowError:
         least = max(1, self._sampling.min_tokens)
@@ -75,15 +81,16 @@ class RowParams:
             "invalid_request", f"max_tokens_column {name!r} is {value}; it must be from {least} to {_MOST}"
         )
 
-    def _own(self, value: str | dict[str, Any]) -> Own | RowError:
+    def _of_json(self, text: str) -> Own | RowError:
         try:
-            given = json.loads(value) if isinstance(value, str) else value
+            given = json.loads(text)
         except (ValueError, RecursionError):
-            return self._error(f"{_shown(value)} is not JSON; it must be an object of these keys: {_ALLOWED}")
+            return self._error(f"{_shown(text)} is not JSON; it must be an object of these keys: {_ALLOWED}")
         if not isinstance(given, dict):
-            return self._error(
-                f"{_shown(value)} is not an object; it must be an object of these keys: {_ALLOWED}"
-            )
+            return self._error(f"{_shown(text)} is no object; it must be one of these keys: {_ALLOWED}")
+        return self._of_struct(given)
+
+    def _of_struct(self, given: dict[str, Any]) -> Own | RowError:
         given = {key: item for key, item in given.items() if item is not None}
         seed = given.pop("seed", None)
         if seed is not None:
@@ -96,7 +103,7 @@ class RowParams:
         if not given:
             return Own(seed=seed)
         try:
-            text = json.dumps(given, sort_keys=True, default=float)  # decimals
+            text = _JSON.encode(given)
         except (TypeError, ValueError, RecursionError):
             return self._error(
                 f"{_shown(given)} has no form in JSON; it must be an object of these keys: {_ALLOWED}"

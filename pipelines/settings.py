@@ -349,7 +349,8 @@ class OutputSettings(Settings):
     """As `input.storage_options`, for the output's store."""
     provenance: bool | None = None
     """true adds to each row what made it: `model`, `model_revision`, `prompt_sha256` (of the prompt's token ids, 32-bit
-    little-endian, and behind them the SHA-256 of each image's file) and `seed` (the row's own, with `sampling.seed`), of the job's own prompt."""
+    little-endian, and behind them the SHA-256 of each image's file) and `seed` (the row's own, with `sampling.seed` or in
+    `sampling.params_column`), of the job's own prompt."""
     conversation: Text | None = None
     """A column to add: the messages that the job's own prompt asked, and the answer as the assistant's. A later prompt
     goes on with it as its `messages_column`."""

@@ -32,6 +32,7 @@ from pipelines.detokenize import Detokenizer
 from pipelines.engine import Answer, EngineInfo
 from pipelines.errors import EngineDied, EngineStartError, ModelError, RowError
 from pipelines.row_params import Own, RowParams
+from pipelines.row_settings import MOST_SETTINGS
 from pipelines.settings import ErrorSettings, ModelSettings, PoolSettings, SamplingSettings
 from pipelines.stage import Parcel
 from pipelines.task import GENERATE
@@ -218,13 +219,18 @@ async def test_rows_of_one_job_with_parameters_of_their_own_equal_bare_vllm(
     engines: dict[str, VLLMEngine], task: Task, bare: Answers, family: str
 ) -> None:
     job = SamplingSettings(params_column="p", temperature=0.7, max_tokens=100, seed=5)
-    refused = {"stop_token_ids": [640]}, {"bad_words": ["the"] * 2 + [f"x{i}" for i in range(2000)]}
+    refused: dict[str, dict[str, Any]] = {
+        "out-of-vocab": {"stop_token_ids": [640]},
+        "Too many bad words": {"bad_words": [f"x{i}" for i in range(2000)]},
+        "they may have 1024": {"bad_words": ["zq#" * 2000]},
+        "there may be 100": {"stop_token_ids": list(range(101)), "min_tokens": 1},
+    }
     rows = [
         (ids, {**SAMPLING[name], **({"seed": task.seeds[place]} if name in SEEDED else {})})
         for name in OF_ROWS
         for place, ids in enumerate(task.prompts[family])
     ]
-    asked = [*rows, *((task.prompts[family][0], own) for own in refused)]
+    asked = [*rows, *((task.prompts[family][0], own) for own in refused.values())]
     table = pa.table({"p": [json.dumps(own) for _, own in asked]})
     prompts = [
         {"row_id": f"f#{place}", "token_ids": ids, **cast("Own", own)._asdict()}
@@ -250,9 +256,9 @@ async def test_rows_of_one_job_with_parameters_of_their_own_equal_bare_vllm(
     assert generations is not None
     answers = generations.to_pylist()
 
-    assert [row["error_code"] for row in answers] == [None] * len(rows) + ["invalid_request"] * 2
-    assert "out-of-vocab" in answers[-2]["error_message"]
-    assert "Too many bad words" in answers[-1]["error_message"]
+    assert [row["error_code"] for row in answers] == [None] * len(rows) + ["invalid_request"] * len(refused)
+    for row, words in zip(answers[len(rows) :], refused, strict=True):
+        assert words in row["error_message"]
     answers = answers[: len(rows)]
     expected = [samples[0] for name in OF_ROWS for samples in bare[family][name]]
     ids = [row["token_ids"] for row in answers]
@@ -269,7 +275,11 @@ async def test_rows_of_one_job_with_parameters_of_their_own_equal_bare_vllm(
     }
     wanted = ("stop_strings", "stop_strings_shown", "stop_token_shown")
     assert by_engine == {json.dumps(SAMPLING[name]) for name in wanted}
-    assert len(engine._other_params) == len(OF_ROWS) - 1 + len(refused) - 1
+    # Made once for each set; "short" is the greedy one with another limit, and three came to nothing.
+    assert len(engine._other_params) == len(OF_ROWS) - 1 + len(refused) - 3
+    for _ in range(MOST_SETTINGS):
+        engine._params_of(job.model_copy())
+    assert len(engine._other_params) == MOST_SETTINGS
 
 
 def test_the_comparisons_meet_what_they_are_for(task: Task, bare: Answers) -> None:

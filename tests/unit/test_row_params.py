@@ -96,7 +96,7 @@ def test_structs_are_read_as_text_is() -> None:
     [
         ("{", "'{' is not JSON; it must be an object of these keys: temperature, "),
         ("[" * 100_000, "is not JSON"),
-        ("[0.5]", "'[0.5]' is not an object; it must be an object of these keys: temperature, "),
+        ("[0.5]", "'[0.5]' is no object; it must be one of these keys: temperature, "),
         (text(n=2), "'n' is no key that a row may set; there are temperature, top_p"),
         (text(logprobs=1, temperature=1), "'logprobs' is no key"),
         (text(skip_special_tokens=False), "'skip_special_tokens' is no key"),
@@ -152,6 +152,11 @@ def test_each_distinct_set_is_checked_once_and_travels_once() -> None:
     rows = [text(temperature=k % 3 / 10, seed=k, stop=["x"]) for k in range(3000)]
     found = [*reader(pa.table({"p": rows})), *reader(pa.table({"p": rows}))]
     assert reader._checked.cache_info().misses == 3
+    few = [text(temperature=0.5)] * 50
+    reader(pa.table({"p": few}))
+    assert reader._of_text.cache_info().hits >= 49
+    for cache in (reader._checked, reader._of_text):
+        assert cache.cache_info().maxsize == 1024
     *_, params = own_columns(found)
     assert len(params) == 6000
     assert len(params.dictionary) == 3
