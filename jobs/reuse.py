@@ -47,8 +47,8 @@ def reuse_of(job: LoadedJob) -> Reuse | None:
 
 def _digest(model: Mapping[str, Any], task: Task, sampling: SamplingSettings) -> str:
     """Of what all requests of a generation have in common: 16 hex digits."""
-    hidden = {"max_tokens_column"}  # each row's own limit is in its key
-    if sampling.temperature == 0:
+    hidden = {"max_tokens_column", "params_column"}  # each row's own parameters are in its key
+    if sampling.temperature == 0 and sampling.params_column is None:  # else rows may be sampled by it
         hidden.add("seed")
     of = {
         "form": _FORM,

@@ -41,6 +41,7 @@ _OF_ANSWERS = (
     "n",
     "logprobs",
     "max_tokens_column",
+    "params_column",
     "output_schema",
     "structured_outputs",
     "reasoning_parser",

@@ -12,6 +12,7 @@ from pipelines.errors import SpecError
 from pipelines.filter import compile_filter
 from pipelines.prompt_columns import prompt_columns as columns_of_prompt
 from pipelines.prompt_columns import prompt_type_problems
+from pipelines.row_params import params_type_problem
 from pipelines.schema import wanted_columns
 from pipelines.settings import PromptSettings
 from pipelines.step_checks import check_steps
@@ -141,6 +142,10 @@ def _type_problems(spec: JobSpec, schema: pa.Schema) -> list[str]:
         problems.append(
             f"sampling.max_tokens_column: {name!r} holds {schema.field(name).type} values, not whole numbers"
         )
+    name = spec.sampling.params_column
+    if name is not None and name in schema.names:
+        problem = params_type_problem(name, schema.field(name).type)
+        problems += [] if problem is None else [f"sampling.params_column: {problem}"]
     return problems
 
 

@@ -27,6 +27,7 @@ from pipelines.admission import Candidate, Gate, gate_of
 from pipelines.engine import Engine, EngineInfo, open_engine
 from pipelines.errors import DrayError, EngineDied, EngineStartError, JobError, RowError
 from pipelines.lengths import HELD, Lengths
+from pipelines.row_settings import RowSettings
 from pipelines.settings import AdmissionSettings, ModelSettings, PoolSettings, SamplingSettings
 
 #: Parts of a measurement that are looked at apart, to tell how steady the speed is.
@@ -44,7 +45,9 @@ class Asked(NamedTuple):
 
     token_ids: list[int]
     max_tokens: int | None
-    """The row's own, from `sampling.max_tokens_column`."""
+    """The row's own, as what follows, see `row_params.Own`."""
+    seed: int | None = None
+    params: str | None = None
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,7 @@ class Feed:
         sampling: SamplingSettings,
     ) -> None:
         self._engine, self._gate, self._lengths, self._prompts = engine, gate, lengths, prompts
-        self._sampling, self._dice = sampling, random.Random(0)
+        self._settings, self._dice = RowSettings(sampling), random.Random(0)
         self._next = next(prompts)
         self._numbers = itertools.count()
         self._running: set[asyncio.Task[None]] = set()
@@ -258,8 +261,9 @@ class Feed:
 
         Requests that all begin at once read their prompts at once and then all write, at several times the speed that lasts.
         """
-        limit = asked.max_tokens or self._sampling.max_tokens
-        return limit and max(self._sampling.min_tokens, math.ceil(self._dice.random() * limit))
+        own = self._settings.of(asked.params)
+        limit = asked.max_tokens or own.max_tokens
+        return limit and max(own.min_tokens, math.ceil(self._dice.random() * limit))
 
     async def measure(self, window_s: float) -> Rate:
         """Wait until as many answers have ended as were first admitted (`MOST_WINDOWS` at most), then look for a window, or
@@ -309,7 +313,9 @@ class Feed:
 
     async def _one(self, request_id: str, asked: Asked, cut: int | None) -> None:
         try:
-            answer = await self._engine.generate(request_id, asked.token_ids, None, cut or asked.max_tokens)
+            own = None if asked.params is None else self._settings.of(asked.params)
+            limit = cut or asked.max_tokens
+            answer = await self._engine.generate(request_id, asked.token_ids, asked.seed, limit, own)
             if cut is None:
                 tokens = sum(len(sample.token_ids) for sample in answer.samples)
                 self._lengths.learn(len(asked.token_ids), tokens, asked.max_tokens)
@@ -340,7 +346,7 @@ def fresh_prompts(prompts: Sequence[Asked], number: int) -> Iterator[Asked]:
             ):  # `turn` in digits of as many values as tokens
                 ids[position] = tokens[(places[ids[position]] + rest) % len(tokens)]
                 rest //= len(tokens)
-            yield Asked(ids, prompt.max_tokens)
+            yield prompt._replace(token_ids=ids)
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:

@@ -228,8 +228,8 @@ def sample_prompts(job: LoadedJob, count: int) -> list[Asked]:
         assert prompts is not None
         if prompts["images"].null_count < len(prompts):
             raise InputError("prompts with images cannot be measured yet: dray tune sends tokens alone")
-        both = zip(prompts["token_ids"].to_pylist(), prompts["max_tokens"].to_pylist(), strict=True)
-        found += [Asked(ids, limit) for ids, limit in both if ids]
+        own = (prompts[name].to_pylist() for name in ("token_ids", "max_tokens", "seed", "params"))
+        found += [Asked(*of_row) for of_row in zip(*own, strict=True) if of_row[0]]
         if len(found) >= count:
             break
     if not found:

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.admission import Candidate, Gate, gate_of
+from pipelines.answer_keys import drawn
 from pipelines.answer_parsers import AnswerParser
 from pipelines.contracts import Work
 from pipelines.engine import Answer, Engine, EngineInfo
@@ -26,6 +27,7 @@ from pipelines.generation_table import generation_table
 from pipelines.histogram import Histogram
 from pipelines.images import Image, images_of, without_data
 from pipelines.lengths import HELD, Lengths, Rows
+from pipelines.row_settings import RowSettings
 from pipelines.seeds import row_seed
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
 from pipelines.shard_stats import START_PARTS, Turn
@@ -44,18 +46,20 @@ class Started:
     info: EngineInfo
     gate: Gate
     lengths: Lengths
+    settings: RowSettings
     sampling: SamplingSettings | None = None
     """Of a generation that shares the engine; None: the engine's own."""
 
     @classmethod
     def of(cls, engine: Engine, info: EngineInfo, work: Work) -> Started:
         gate = gate_of(work.pool.admission, engine, info)
-        return cls(engine, info, gate, Lengths(work.sampling, info.max_model_len))
+        return cls(engine, info, gate, Lengths(work.sampling, info.max_model_len), RowSettings(work.sampling))
 
     def serving(self, work: Work) -> Started:
         """The same engine for another generation of the job, whose answers have lengths of their own."""
         lengths = Lengths(work.sampling, self.info.max_model_len)
-        return replace(self, sampling=work.sampling, lengths=lengths)
+        settings = RowSettings(work.sampling)
+        return replace(self, sampling=work.sampling, lengths=lengths, settings=settings)
 
 
 class Answering:
@@ -84,6 +88,8 @@ class Answering:
         self._token_ids = token_ids.values.to_numpy()
         self._ends: list[int] = token_ids.offsets.to_pylist()
         self._max_tokens: list[int | None] = self._prompts["max_tokens"].to_pylist()
+        self._seeds: list[int | None] = self._prompts["seed"].to_pylist()
+        self._params: list[str | None] = self._prompts["params"].to_pylist()
         images = self._prompts["images"].combine_chunks()
         self._images: dict[int, pa.Scalar] = {
             row: images[row] for row in np.flatnonzero(images.is_valid()).tolist()
@@ -97,6 +103,9 @@ class Answering:
         """Rows whose answer is that of another row, by position."""
         self.answerable = [row for row in asked if row not in self._same]
         """Positions of the rows that are to be answered: those that have a prompt and no answer, of equal ones the first."""
+        is_drawn = drawn(self._prompts, work) if keys and work.equal_prompts != "all" else ()
+        self.alone = frozenset(row for row in self.answerable if is_drawn and is_drawn[row])
+        """Of these, those whose answer no other row may have."""
         self._results: list[Answer | RowError | None] = [*map(recalled.get, range(len(self._prompts)))]
         self._latencies: list[float] = []
         self._variables = work.prompt.chat_template_kwargs if work.prompt else None
@@ -261,12 +270,15 @@ class Answering:
         """One try at a row; see `structured.Ask`. Raises RowError, and EngineDied where the engine is silent."""
         began, engine = time.monotonic(), self.started.engine
         sampling, limit = self._work.sampling, self._work.errors.request_timeout_s
-        seed, longest, own = None, self._max_tokens[row], self.started.sampling
-        if sampling.seed is not None or number:
-            # The engine adds the sample's index to it.
-            seed = row_seed(sampling.seed or 0, self.row_ids[row]) + number * sampling.n
+        seed, longest, own = self._seeds[row], self._max_tokens[row], self.started.sampling
+        if seed is None and (sampling.seed is not None or number):
+            seed = row_seed(sampling.seed or 0, self.row_ids[row])
+        if self._params[row] is not None:
+            own = self.started.settings.of(self._params[row])
         if number:
-            own = self._structured.sampling_again(cut)
+            # The engine adds the sample's index to a seed.
+            seed = (seed or 0) + number * sampling.n
+            own = self.started.settings.again(self._params[row], cut)
             longest = longest and longest * (2 if cut else 1)
         token_ids = self._token_ids[self._ends[row] : self._ends[row + 1]]
         request, task = f"{self._work.run_id}-{next(self._numbers)}", self._work.task

@@ -106,7 +106,7 @@ class GenerateStep(AskStep):
             raise ValueError(
                 "sampling.n: a generate step makes one answer for each record; draw several first (sampling.n of the job)"
             )
-        for key in ("logprobs", "max_tokens_column"):
+        for key in ("logprobs", "max_tokens_column", "params_column"):
             if getattr(self.sampling, key) is not None:
                 raise ValueError(f"sampling.{key}: only for the job's own prompt")
         if self.conversation is not None:

@@ -171,10 +171,9 @@ class Work:
 
     @property
     def asks_once(self) -> bool:
-        """Whether rows with equal prompts have one answer, asked for once; of one generation."""
-        return self.equal_prompts == "all" or (
-            self.equal_prompts == "greedy" and self.sampling.temperature == 0
-        )
+        """Whether rows with equal prompts may have one answer, asked for once; of one generation."""
+        may_be_greedy = self.sampling.temperature == 0 or self.sampling.params_column is not None
+        return self.equal_prompts == "all" or (self.equal_prompts == "greedy" and may_be_greedy)
 
     @property
     def may_ask_nothing(self) -> bool:
@@ -195,12 +194,17 @@ class Work:
 ROW_ID = pa.field("row_id", pa.string(), nullable=False)
 ERROR_FIELDS = (pa.field("error_code", pa.string()), pa.field("error_message", pa.string()))
 
+#: Most rows that have sampling parameters of their own share a few.
+PARAMS_TYPE = pa.dictionary(pa.int32(), pa.string())
+
 #: One row per input row, in the same order as the shard's rows.
 PROMPT_SCHEMA = pa.schema(
     [
         ROW_ID,
         pa.field("token_ids", pa.list_(pa.int32())),  # null: see error_code
         pa.field("max_tokens", pa.int32()),  # null: the job's
+        pa.field("seed", pa.int64()),  # the row's own, as the engine takes it
+        pa.field("params", PARAMS_TYPE),  # see `row_params.Own`
         pa.field(
             "answer_tokens", pa.int32()
         ),  # of a `score` step: the last so many of `token_ids` are the answer's

@@ -132,9 +132,9 @@ class Engine(Protocol):
     ) -> Answer:
         """Answer one prompt. Cancelling the call aborts the request inside the engine.
 
-        `max_tokens` and `sampling`: if not those that the engine was opened with. `variables`: the chat template's own ones,
-        which may say whether the model reasons. `images`: given where the prompt has some, in the order of their places in
-        `token_ids`.
+        `max_tokens` and `sampling`: if not those that the engine was opened with; of requests that are sampled alike the same
+        object. `variables`: the chat template's own ones, which may say whether the model reasons. `images`: given where the
+        prompt has some, in the order of their places in `token_ids`.
 
         Raises RowError when the engine refuses this request, EngineDied when the engine is gone, EngineStartError when
         what it loads with the first request does not load.

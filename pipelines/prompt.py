@@ -19,7 +19,7 @@ from pipelines.errors import ROW_ERROR_CODES, RowError, SpecError
 from pipelines.image_turns import as_parts, takes_parts_only
 from pipelines.images import images_array
 from pipelines.messages import CONVERSATION_TYPE, Message, Turns, told_whole
-from pipelines.row_limits import row_limits
+from pipelines.row_params import RowParams, own_columns
 from pipelines.settings import PromptSettings, SamplingSettings
 from pipelines.template import one_line
 from pipelines.vision import Images, Vision
@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
 
 class PromptBuilder:
     """Builds the prompts of any number of tables. `folders` are the user's own, for `prompt.function`;
-    `sampling` says where a row's own `max_tokens` stands, `key` where the settings stand in the job file, `answer` in which
+    `sampling` says where a row's own parameters stand, `key` where the settings stand in the job file, `answer` in which
     column the text is that follows the prompt, `conversation` which key of the job file wants the messages as a column,
     `vision` what the model makes of images.
 
@@ -67,7 +67,7 @@ class PromptBuilder:
             self._vision.check(f"{key}.images_column")
         self._answer = answer
         self._conversation = conversation
-        self._sampling = sampling or SamplingSettings()
+        self._own = RowParams(sampling or SamplingSettings())
         self.tokenizer = tokenizer
         self._parts_only: dict[str | None, bool] = {}
         """By chat template, None the tokenizer's own."""
@@ -103,11 +103,11 @@ class PromptBuilder:
         `table` holds the input columns and `row_id`; where it has `error_code` and `error_message`, rows that carry a
         code keep it and get no tokens.
         """
-        limits = row_limits(table, self._sampling)
+        own = self._own(table)
         asked, images = self._asked(table)
         outcomes = [
-            limit if isinstance(limit, RowError) and isinstance(text, str) else text
-            for text, limit in zip(self._rendered(asked, images), limits, strict=True)
+            params if isinstance(params, RowError) and isinstance(text, str) else text
+            for text, params in zip(self._rendered(asked, images), own, strict=True)
         ]
         token_ids = self._tokenise(outcomes, "prompt", special=not self.chat)
         answer_tokens = self._append_answers(table, outcomes, token_ids)
@@ -116,7 +116,7 @@ class PromptBuilder:
             [
                 _added_column(table, "row_id"),
                 pa.array(token_ids, PROMPT_SCHEMA.field("token_ids").type),
-                pa.array([None if isinstance(x, RowError) else x for x in limits], pa.int32()),
+                *own_columns(own),
                 pa.array(answer_tokens, pa.int32()),
                 self._messages(asked, token_ids),
                 images_array([(ids and images.get(row)) or None for row, ids in enumerate(token_ids)]),

@@ -31,6 +31,7 @@ def prompt_columns(
     }
     if sampling is not None:
         columns["sampling.max_tokens_column"] = sampling.max_tokens_column
+        columns["sampling.params_column"] = sampling.params_column
     return found + [(name, column) for name, column in columns.items() if column is not None]
 
 

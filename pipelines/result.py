@@ -105,7 +105,9 @@ def build_result(parcel: Parcel, work: Work, says: Says) -> pa.Table:
             "cached_tokens": generations["cached_tokens"],
         }
     if work.output.provenance:
-        columns |= _provenance(columns["row_id"], prompts.select(["token_ids", "images"]).take(index), work)
+        columns |= _provenance(
+            columns["row_id"], prompts.select(["token_ids", "images", "seed"]).take(index), work
+        )
     if work.sampling.logprobs is not None:  # else the names may be input columns'
         columns["logprobs"] = generations["logprobs"]
     if work.sampling.output_schema is not None:
@@ -119,6 +121,7 @@ def build_result(parcel: Parcel, work: Work, says: Says) -> pa.Table:
 def _provenance(row_ids: pa.ChunkedArray, prompts: pa.Table, work: Work) -> dict[str, Any]:
     """`PROVENANCE_FIELDS` of each record."""
     model, seed = work.model, work.sampling.seed
+    seeds = [None if seed is None else row_seed(seed, row) for row in row_ids.to_pylist()]
     name = os.path.basename(model.source) if os.path.isabs(model.source) else model.source
     hashes = [
         None
@@ -130,7 +133,5 @@ def _provenance(row_ids: pa.ChunkedArray, prompts: pa.Table, work: Work) -> dict
         "model": pa.repeat(name, len(row_ids)),
         "model_revision": pa.array([model.revision] * len(row_ids), pa.string()),
         "prompt_sha256": pa.array(hashes, pa.string()),
-        "seed": pa.array(
-            [None if seed is None else row_seed(seed, row) for row in row_ids.to_pylist()], pa.int64()
-        ),
+        "seed": pc.coalesce(prompts["seed"], pa.array(seeds, pa.int64())),
     }

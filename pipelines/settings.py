@@ -234,6 +234,9 @@ class SamplingSettings(Settings):
     """null: as far as `max_model_len` allows."""
     max_tokens_column: Text | None = None
     """A column of whole numbers: each row's own `max_tokens`; where it is null, the job's."""
+    params_column: Text | None = None
+    """A column of each row's own sampling parameters, a struct or the JSON text of an object; what is absent or null there is
+    the job's. Its keys are those of `ROW_PARAMS`; a row's own `seed` is the engine's, not hashed with the row's id."""
     min_tokens: Annotated[int, Field(ge=0)] = 0
     """No stopping before this many tokens."""
     n: PositiveInt = 1
@@ -285,8 +288,17 @@ class SamplingSettings(Settings):
         """Whether answers are constrained, and checked."""
         return self.output_schema is not None or self.structured_outputs is not None
 
+    @property
+    def may_be_seeded(self) -> bool:
+        """Whether first tries at some rows may have a seed."""
+        return self.seed is not None or self.params_column is not None
+
     @model_validator(mode="after")
     def _consistent(self) -> SamplingSettings:
+        if self.max_tokens_column is not None and self.params_column is not None:
+            raise ValueError(
+                "give max_tokens_column or params_column, not both; a row's own parameters may have max_tokens"
+            )
         if self.output_schema is not None and self.structured_outputs is not None:
             raise ValueError("give output_schema or structured_outputs, not both")
         if self.output_schema is not None and self.tool_call_parser is not None:
@@ -298,6 +310,26 @@ class SamplingSettings(Settings):
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
         return self
+
+
+#: What a row may say for itself: what changes neither the output's columns nor the engine, nor how texts are made behind it.
+ROW_PARAMS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "max_tokens",
+    "min_tokens",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "bad_words",
+    "ignore_eos",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
 
 
 class OutputSettings(Settings):
@@ -317,7 +349,8 @@ class OutputSettings(Settings):
     """As `input.storage_options`, for the output's store."""
     provenance: bool | None = None
     """true adds to each row what made it: `model`, `model_revision`, `prompt_sha256` (of the prompt's token ids, 32-bit
-    little-endian, and behind them the SHA-256 of each image's file) and `seed` (the row's own, with `sampling.seed`), of the job's own prompt."""
+    little-endian, and behind them the SHA-256 of each image's file) and `seed` (the row's own, with `sampling.seed` or in
+    `sampling.params_column`), of the job's own prompt."""
     conversation: Text | None = None
     """A column to add: the messages that the job's own prompt asked, and the answer as the assistant's. A later prompt
     goes on with it as its `messages_column`."""
@@ -401,9 +434,9 @@ class ReuseSettings(Settings):
     """Answers that need not be asked for again."""
 
     equal_prompts: Literal["greedy", "all", "none"] = "greedy"
-    """Prompts of a job that are asked once if equal (tokens, images, own `max_tokens`), in each generation: `greedy` those with
+    """Prompts of a job that are asked once if equal (tokens, images, own sampling), in each generation: `greedy` those with
     `temperature: 0`, and all of `embed`, `classify` and `score`; `all` sampled ones too, whose rows then have the same n answers,
-    whatever their seeds; `none` asks for each row."""
+    whatever seeds the job's gives them; `none` asks for each row."""
     outputs: tuple[Text, ...] = ()
     """Outputs of earlier jobs whose kept answers are taken over: to a prompt of the same tokens, by the same model and
     `sampling`; without `temperature: 0` only for the same row. They are read with `output.storage_options`."""

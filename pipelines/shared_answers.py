@@ -67,7 +67,11 @@ class SharedAnswers:
         owner = f"{shard}/{self._index}"
         tell = partial(self._tell, owner, answering)
         shortest, longest = self._shelf.pauses
-        left, pause = answering.answerable, 0.0
+        left, pause = [row for row in answering.answerable if row not in answering.alone], 0.0
+        if not left:
+            await answering.run(answering.answerable)
+            return
+        alone = answering.alone
         try:
             while left:
                 with idle():
@@ -77,13 +81,17 @@ class SharedAnswers:
                 for place, answer in (await asyncio.to_thread(_unpickled, found)).items():
                     answering.take(left[place], answer)
                 elsewhere = {*found, *taken}
-                await answering.run([r for place, r in enumerate(left) if place not in elsewhere], tell)
+                mine = {row for place, row in enumerate(left) if place not in elsewhere}
+                await answering.run(sorted(mine | alone), tell)
+                alone = frozenset()
                 pause = min(2 * pause, longest) if pause and len(taken) == len(left) else shortest
                 left = [left[place] for place in taken]
         finally:
             self._shelf.release(owner)
 
     def _tell(self, owner: str, answering: Answering, row: int, result: Answer | RowError) -> None:
+        if row in answering.alone:
+            return
         answer = pickle.dumps(result, pickle.HIGHEST_PROTOCOL) if isinstance(result, Answer) else None
         self._shelf.tell(owner, self._key(answering, row), answer)
 

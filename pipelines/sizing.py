@@ -139,7 +139,7 @@ def size_for_cpu(
             seqs = fitting_seqs(kv_tokens, working_tokens(shape, model, sampling), most=seqs, n=sampling.n)
     args["max_num_seqs"] = seqs
     # A seeded CPU engine runs without chunked prefill (`vllm_defaults`); vLLM then raises its own number to max_model_len.
-    chunked = given.get("enable_chunked_prefill", sampling.seed is None)
+    chunked = given.get("enable_chunked_prefill", not sampling.may_be_seeded)
     if chunked or "max_num_batched_tokens" in given:
         args["max_num_batched_tokens"] = max(int(given.get("max_num_batched_tokens") or 4096 * ranks), seqs)
     return Sizing(

@@ -12,8 +12,6 @@ from pipelines.errors import RowError
 from pipelines.output_schema import Checker
 from pipelines.settings import SamplingSettings
 
-#: Least temperature of another try: greedy decoding would only repeat itself.
-REPAIR_TEMPERATURE = 0.5
 #: Tries after the first, where `sampling.repairs` says nothing.
 REPAIRS = 1
 
@@ -38,20 +36,7 @@ class Structured:
         self._checker = Checker(sampling)
         self._parser = parser
         self._most = REPAIRS if sampling.repairs is None else sampling.repairs
-        self._again = {
-            cut: sampling.model_copy(
-                update={
-                    "temperature": max(sampling.temperature, REPAIR_TEMPERATURE),
-                    "max_tokens": sampling.max_tokens and sampling.max_tokens * (2 if cut else 1),
-                }
-            )
-            for cut in (False, True)
-        }
         self.spent = Spent()
-
-    def sampling_again(self, cut: bool) -> SamplingSettings:
-        """How another try is sampled; after one that was cut off with twice the tokens."""
-        return self._again[cut]
 
     async def answer(self, ask: Ask) -> Answer:
         """The answer with as many good samples as the tries give. Raises RowError where there is none.

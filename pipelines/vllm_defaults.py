@@ -69,9 +69,7 @@ def cpu_defaults(
     # "1" (10.6 k and 2.3 k tokens/s at best); start-up 15 and 23 s of CPU.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     defaults = _common(model, (sampling, *others))
-    if any(
-        one.seed is not None or one.is_structured for one in (sampling, *others)
-    ):  # another try has a seed
+    if any(one.may_be_seeded or one.is_structured for one in (sampling, *others)):  # another try has a seed
         # vLLM 0.32 turns a seeded request's generator back after each chunk of a prefill, which a CPU generator
         # cannot do: the engine dies ("CPU Generator does not use offset").
         defaults["enable_chunked_prefill"] = False

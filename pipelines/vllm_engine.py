@@ -10,6 +10,7 @@ import gc
 import multiprocessing
 import os
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
@@ -32,6 +33,7 @@ from pipelines.errors import (
 from pipelines.images import Image
 from pipelines.model_folder import local_model, lora_rank
 from pipelines.model_weights import load_format
+from pipelines.row_settings import MOST_SETTINGS
 from pipelines.scopes import scope_of
 from pipelines.settings import LoraSettings, ModelSettings, PoolSettings, SamplingSettings
 from pipelines.task import GENERATE, Task
@@ -44,6 +46,7 @@ from pipelines.vllm_requests import (
     pooled,
     pooling_params,
     reasoning_options,
+    row_params,
     sampling_params,
     scored,
     scoring_params,
@@ -83,7 +86,8 @@ class VLLMEngine:
         self._building: asyncio.Future[Any] | None = None
         self._llm: Any = None
         self._params: Any = None
-        self._other_params: dict[int, tuple[SamplingSettings, Any]] = {}
+        self._other_params: OrderedDict[int, tuple[SamplingSettings, Any]] = OrderedDict()
+        """By the object's id, with the object, lest another one gets it; the least recently used first."""
         self._images = ImageRenderer()
         self._lora: Any = None
         self._lora_load: asyncio.Future[Any] | None = None
@@ -298,12 +302,21 @@ class VLLMEngine:
         psutil.wait_procs(self._family, timeout=KILL_S)
 
     def _params_of(self, sampling: SamplingSettings) -> Any:
-        """vLLM's parameters for another generation's requests, made once."""
-        if id(sampling) not in self._other_params:
-            params = self._sampling_params(sampling)
-            params.detokenize = params.detokenize or not _is_fast(self._llm.tokenizer)
-            self._other_params[id(sampling)] = (sampling, params)
-        return self._other_params[id(sampling)][1]
+        """vLLM's parameters for requests that are sampled otherwise than the engine's own, made once for each object while
+        the latest are remembered. Raises RowError where a row's own will not do."""
+        known = self._other_params
+        if id(sampling) not in known:
+            tokenizer = self._llm and self._llm.tokenizer
+            if sampling.params_column is None:
+                params = self._sampling_params(sampling)
+            else:
+                params = row_params(sampling, self._sampling, self._sampling_params, tokenizer)
+            params.detokenize = params.detokenize or not _is_fast(tokenizer)
+            known[id(sampling)] = (sampling, params)
+            if len(known) > MOST_SETTINGS:
+                known.popitem(last=False)
+        known.move_to_end(id(sampling))
+        return known[id(sampling)][1]
 
     def _sampling_params(self, sampling: SamplingSettings) -> Any:
         """vLLM's parameters. A text that vLLM makes is read by the parsers of `sampling`, if it has any. Raises ModelError."""

@@ -6,25 +6,29 @@ Imports vLLM, as `vllm_engine` does, and nothing of it before the engine starts.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pipelines.engine import Answer, Sample
-from pipelines.errors import EngineStartError, ShardError
+from pipelines.errors import EngineStartError, RowError, ShardError
 from pipelines.settings import SamplingSettings
 from pipelines.task import Task
 
 #: What is made of answers once they are there.
 PARSERS = ("reasoning_parser", "tool_call_parser")
+#: What one request may have in vLLM's engine process: of 128 places for stop ids the model's own take some; and
+#: VLLM_MAX_BAD_WORDS_TOTAL_TOKENS.
+MOST_STOP_IDS, MOST_BAD_TOKENS = 100, 1024
 
 
 def sampling_params(sampling: SamplingSettings) -> Any:
     """vLLM's SamplingParams for all requests of the job; seed and max_tokens may differ, see `VLLMEngine.generate`."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-    ours = {"seed", "max_tokens_column", "output_schema", "structured_outputs", "repairs", *PARSERS}
+    columns = {"max_tokens_column", "params_column"}
+    ours = {"seed", *columns, "output_schema", "structured_outputs", "repairs", *PARSERS}
     values = sampling.model_dump(exclude=ours)
     try:
         params = SamplingParams(
@@ -47,6 +51,35 @@ def sampling_params(sampling: SamplingSettings) -> Any:
     # vLLM copies the parameters of each request; a deep copy takes 40 µs, a shallow one 2. What the copies share are
     # the stop ids that vLLM adds, the same for every request.
     params.skip_clone = True
+    return params
+
+
+def row_params(
+    sampling: SamplingSettings,
+    job: SamplingSettings,
+    make: Callable[[SamplingSettings], Any],
+    tokenizer: Any,
+) -> Any:
+    """What `make` makes of `sampling`, which rows' own parameters are in, fit for requests. Raises RowError.
+
+    What vLLM would find wrong in its engine process only, which ends of it, is looked for here.
+    """
+    try:
+        params = make(sampling)
+        if sampling.include_stop_str_in_output != job.include_stop_str_in_output:
+            params.detokenize = True  # `pipelines.detokenize` goes by the job's
+        count = len(params.stop_token_ids)
+        if params.min_tokens and count > MOST_STOP_IDS:
+            raise ValueError(f"{count} stop_token_ids; with min_tokens there may be {MOST_STOP_IDS}")
+        if params.bad_words and tokenizer is not None:
+            tried = params.clone()
+            tried.update_from_tokenizer(tokenizer)
+            count = sum(map(len, tried.bad_words_token_ids))
+            if count > MOST_BAD_TOKENS:
+                raise ValueError(f"bad_words of {count} tokens; they may have {MOST_BAD_TOKENS}")
+    except Exception as error:  # the job's own have passed: these are the row's
+        text = f"params_column {sampling.params_column!r}: {one_line(error)}"
+        raise RowError("invalid_request", text) from error
     return params
 
 

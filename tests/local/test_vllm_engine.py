@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import json
 import os
 import random
@@ -12,21 +13,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import psutil
+import pyarrow as pa
 import pytest
 import pytest_asyncio
 
+from pipelines.answering import Answering, Started
+from pipelines.contracts import PROMPT_SCHEMA, Shard, Work
 from pipelines.detokenize import Detokenizer
-from pipelines.engine import Answer
+from pipelines.engine import Answer, EngineInfo
 from pipelines.errors import EngineDied, EngineStartError, ModelError, RowError
-from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
+from pipelines.row_params import Own, RowParams
+from pipelines.row_settings import MOST_SETTINGS
+from pipelines.settings import ErrorSettings, ModelSettings, PoolSettings, SamplingSettings
+from pipelines.stage import Parcel
+from pipelines.task import GENERATE
 from pipelines.tokenizer import load_tokenizer
 from pipelines.vllm_engine import VLLMEngine
 from pipelines.vllm_requests import sampling_params
@@ -55,9 +64,12 @@ SAMPLING: dict[str, dict[str, Any]] = {
         "include_stop_str_in_output": True,
     },
     "bad_words": {"temperature": 0.0, "max_tokens": 8, "bad_words": ["the", "e"], "min_tokens": 4},
+    "seeded": {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2, "max_tokens": 12},
     "seeded_n3": {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "n": 3, "max_tokens": 12},
 }  # fmt: skip
-SEEDED = {"seeded_n3"}
+SEEDED = {"seeded", "seeded_n3"}
+#: Those that rows may have of their own.
+OF_ROWS = [name for name, sampling in SAMPLING.items() if not {"n", "skip_special_tokens"} & sampling.keys()]
 
 #: Settings that change the text of the same ids.
 VARIANTS: list[dict[str, Any]] = [
@@ -199,6 +211,75 @@ async def test_text_and_tokens_equal_bare_vllm(
     answers = await ask(engines[family], SamplingSettings(**SAMPLING[name]), task, family, name in SEEDED)
 
     compare(answers, bare[family][name], task, family, name)
+
+
+@in_module_loop
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_rows_of_one_job_with_parameters_of_their_own_equal_bare_vllm(
+    engines: dict[str, VLLMEngine], task: Task, bare: Answers, family: str
+) -> None:
+    job = SamplingSettings(params_column="p", temperature=0.7, max_tokens=100, seed=5)
+    refused: dict[str, dict[str, Any]] = {
+        "out-of-vocab": {"stop_token_ids": [640]},
+        "Too many bad words": {"bad_words": [f"x{i}" for i in range(2000)]},
+        "they may have 1024": {"bad_words": ["zq#" * 2000]},
+        "there may be 100": {"stop_token_ids": list(range(101)), "min_tokens": 1},
+    }
+    rows = [
+        (ids, {**SAMPLING[name], **({"seed": task.seeds[place]} if name in SEEDED else {})})
+        for name in OF_ROWS
+        for place, ids in enumerate(task.prompts[family])
+    ]
+    asked = [*rows, *((task.prompts[family][0], own) for own in refused.values())]
+    table = pa.table({"p": [json.dumps(own) for _, own in asked]})
+    prompts = [
+        {"row_id": f"f#{place}", "token_ids": ids, **cast("Own", own)._asdict()}
+        for place, ((ids, _), own) in enumerate(zip(asked, RowParams(job)(table), strict=True))
+    ]
+    engine = copy.copy(engines[family])  # as if it had been started for the job
+    engine._sampling, engine._params, engine._other_params = job, sampling_params(job), OrderedDict()
+    work = cast(
+        "Work",
+        SimpleNamespace(
+            task=GENERATE, prompt=None, run_id="r", sampling=job, errors=ErrorSettings(), pool=CPU,
+            model=_settings(task, family, {}),
+        ),
+    )  # fmt: skip
+    info = EngineInfo(name="vllm", device="cpu", max_model_len=256, max_num_seqs=64, start_s=0, ready_at=0)
+    parcel = Parcel(
+        shard=Shard(ordinal=0, id="0" * 16, spans=(), rows=len(asked), bytes=0),
+        prompts=pa.Table.from_pylist(prompts, PROMPT_SCHEMA),
+    )
+    answering = Answering(parcel, work, Started.of(engine, info, work), itertools.count(), priority=0)
+    await answering.run(answering.answerable)
+    generations = answering.parcel(attempt=1, engine_deaths=0).generations
+    assert generations is not None
+    answers = generations.to_pylist()
+
+    assert [row["error_code"] for row in answers] == [None] * len(rows) + ["invalid_request"] * len(refused)
+    for row, words in zip(answers[len(rows) :], refused, strict=True):
+        assert words in row["error_message"]
+    answers = answers[: len(rows)]
+    expected = [samples[0] for name in OF_ROWS for samples in bare[family][name]]
+    ids = [row["token_ids"] for row in answers]
+    assert ids == [wanted["token_ids"] for wanted in expected]
+    finish = [row["finish_reason"] for row in answers]
+    assert finish == [wanted["finish_reason"] for wanted in expected]
+    detokenizer = Detokenizer(load_tokenizer(_settings(task, family, {})), job)
+    made = detokenizer.texts([prompt for prompt, _ in rows], ids, finish)
+    texts = [text if row["text"] is None else row["text"] for row, text in zip(answers, made, strict=True)]
+    assert texts == [wanted["text"] for wanted in expected]
+    # The engine makes a text only where the job's way of making it would not do.
+    by_engine = {
+        json.dumps(own) for row, (_, own) in zip(answers, rows, strict=True) if row["text"] is not None
+    }
+    wanted = ("stop_strings", "stop_strings_shown", "stop_token_shown")
+    assert by_engine == {json.dumps(SAMPLING[name]) for name in wanted}
+    # Made once for each set; "short" is the greedy one with another limit, and three came to nothing.
+    assert len(engine._other_params) == len(OF_ROWS) - 1 + len(refused) - 3
+    for _ in range(MOST_SETTINGS):
+        engine._params_of(job.model_copy())
+    assert len(engine._other_params) == MOST_SETTINGS
 
 
 def test_the_comparisons_meet_what_they_are_for(task: Task, bare: Answers) -> None:

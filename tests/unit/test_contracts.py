@@ -92,6 +92,8 @@ def test_a_parcel_survives_the_journey_between_stages() -> None:
             ["f#0", "f#1"],
             [[1, 2], None],
             [9, None],
+            [5, None],
+            ['{"top_p": 0.5}', None],
             [1, None],
             [[{"role": "user", "content": "a"}], None],
             [[{"sha256": bytes(32), "data": b"file"}], None],

@@ -92,6 +92,8 @@ def test_what_does_not_change_it(override: str) -> None:
         "sampling.reasoning_parser=qwen3",
         "sampling.tool_call_parser=hermes",
         "sampling.max_tokens=null",
+        "sampling.max_tokens_column=n",
+        "sampling.params_column=p",
         "output.columns=[a]",
         "output.rename.a=c",
         "output.failed_rows=separate",

@@ -188,6 +188,7 @@ def test_where_and_how_a_step_runs_is_no_part_of_what_is_made(tmp_path: Path) ->
         (comment(column="question"), "adds the column 'question', which is there already"),
         (comment(sampling={"n": 2}), "a generate step makes one answer for each record"),
         (comment(sampling={"logprobs": 1}), "sampling.logprobs: only for the job's own prompt"),
+        (comment(sampling={"params_column": "question"}), "sampling.params_column: only for the job's own prompt"),
         (comment(prompt={"template": "{{ question"}), "steps.generate.prompt.template"),
         (comment(model={"source": "org/model"}), "steps.generate.model.revision: give the commit"),
         (comment(model={**OTHER, "engine": {"no_such": 1}}), "steps.generate.model: "),

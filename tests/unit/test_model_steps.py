@@ -280,6 +280,7 @@ def step(kind: str, **more: Any) -> dict[str, Any]:
         ({"steps": [step("score", sampling={})]}, "steps.score.sampling: unknown key"),
         ({"steps": [{"score": {"column": "a", "prompt": TEXT}}]}, "steps.score.answer: missing"),
         ({"steps": [step("embed")], "sampling": {"n": 2, "temperature": 1}}, "sampling.n: the job has no prompt that it could be for"),
+        ({"steps": [step("embed")], "sampling": {"params_column": "p"}}, "sampling.params_column: the job has no prompt that it could be for"),
         ({"steps": [step("embed")], "sampling": {"output_schema": {"type": "string"}}}, "sampling.output_schema: the job has no prompt"),
         ({"steps": [step("embed")], "output": {"provenance": True}}, "output.provenance: it is the job's own prompt's"),
         ({"steps": [step("embed")], "model": {"lora": {"source": "org/adapter", "revision": "1"}}}, "model.lora: embed takes no adapter"),

@@ -20,6 +20,7 @@ from jobs.proposal import checked_identity
 from pipelines.engine import Answer, Sample
 from pipelines.errors import RowError, SpecError
 from pipelines.output_schema import Checker, arrow_type_of
+from pipelines.row_settings import RowSettings
 from pipelines.settings import SamplingSettings
 from pipelines.structured import Structured
 from tests.local.runs import job, write_questions
@@ -158,9 +159,12 @@ def test_a_cut_answer_is_asked_for_again_with_more_tokens_and_not_greedily() -> 
     texts, structured, asked = tried([("ye", "length")], [("no", "stop")], **CHOICE, max_tokens=8)
     assert (texts, asked) == (["no"], [(0, False), (1, True)])
     assert (structured.spent.repairs, structured.spent.tokens) == (1, 2)
-    assert structured.sampling_again(cut=True).max_tokens == 16
-    assert structured.sampling_again(cut=False).max_tokens == 8
-    assert structured.sampling_again(cut=False).temperature == 0.5
+    settings = RowSettings(SamplingSettings(**CHOICE, max_tokens=8))
+    assert settings.again(None, True).max_tokens == 16
+    assert settings.again(None, False).max_tokens == 8
+    assert settings.again(None, False).temperature == 0.5
+    warm = settings.again('{"temperature": 0.9}', True)
+    assert (warm.temperature, warm.max_tokens) == (0.9, 16)
 
 
 def test_an_answer_that_stays_bad_is_the_rows_error() -> None:

@@ -276,6 +276,34 @@ def test_the_column_of_max_tokens_is_read_and_holds_whole_numbers() -> None:
     check_against_schema(spec(sampling=sampling), pa.schema([("doc", TEXT), ("n", NUMBER)]))
 
 
+@pytest.mark.parametrize(
+    ("type_", "message"),
+    [
+        (TEXT, None),
+        (pa.dictionary(pa.int32(), TEXT), None),
+        (pa.struct([("temperature", pa.float64()), ("stop", pa.list_(TEXT))]), None),
+        (NUMBER, "'p' holds int64 values, not structs or JSON text of temperature, top_p, "),
+        (pa.map_(TEXT, TEXT), "'p' holds map<string, string> values, not structs or JSON text of temp"),
+        (
+            pa.struct([("n", NUMBER), ("top_p", pa.float64()), ("logprobs", NUMBER)]),
+            "'p' has 'n', 'logprobs', which no row may set; it may have temperature, top_p, ",
+        ),
+    ],
+)
+def test_the_column_of_parameters_is_read_and_holds_no_other_keys(
+    type_: pa.DataType, message: str | None
+) -> None:
+    sampling = {"params_column": "p"}
+    assert "p" in needed_columns(spec(sampling=sampling))
+    assert "unknown column 'p'" in against({"doc": TEXT}, sampling=sampling)[0]
+    if message is None:
+        check_against_schema(spec(sampling=sampling), pa.schema([("doc", TEXT), ("p", type_)]))
+    else:
+        [problem_] = against({"doc": TEXT, "p": type_}, sampling=sampling)
+        assert problem_.startswith(f"sampling.params_column: {message}")
+        assert problem_.endswith("repetition_penalty")
+
+
 def test_input_columns_with_names_of_results() -> None:
     schema = {"doc": TEXT, "row_id": TEXT, "error_code": TEXT}
     assert [line.split(";")[0] for line in against(schema)] == [
@@ -314,6 +342,10 @@ def test_prompt_sections(given: dict[str, Any], message: str) -> None:
     [
         ({"temperature": 0, "n": 2}, "n equal answers"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens 9 is above max_tokens 8"),
+        (
+            {"params_column": "p", "max_tokens_column": "n"},
+            "give max_tokens_column or params_column, not both",
+        ),
     ],
 )
 def test_sampling_sections(sampling: dict[str, Any], message: str) -> None:

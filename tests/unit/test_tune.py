@@ -208,10 +208,10 @@ def test_an_interrupt_leaves_what_was_found() -> None:
 
 def test_prompts_never_come_twice_but_keep_what_they_share() -> None:
     prompts = [[1, 2, 3, place, place + 1, 9] for place in range(50)]
-    asked = [Asked(ids, place) for place, ids in enumerate(prompts)]
+    asked = [Asked(ids, place, place, "{}") for place, ids in enumerate(prompts)]
     found = list(islice(fresh_prompts(asked, 0), 500))
     assert found[:50] == asked
-    assert [one.max_tokens for one in found] == [*range(50)] * 10
+    assert [one[1:] for one in found] == [(place, place, "{}") for place in range(50)] * 10
     seen = [tuple(one.token_ids) for one in found]
     assert len(set(seen)) > 0.99 * len(seen)
     assert all(ids[:3] == (1, 2, 3) and len(ids) == 6 for ids in seen)
@@ -222,12 +222,19 @@ class Writer:
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, int | None]] = []
+        self.sampled: list[tuple[int, int | None, SamplingSettings | None]] = []
         self.output_tokens = 0
 
     async def generate(
-        self, request_id: str, token_ids: Sequence[int], seed: int | None, max_tokens: int | None = None
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        seed: int | None,
+        max_tokens: int | None = None,
+        sampling: SamplingSettings | None = None,
     ) -> Answer:
         self.asked.append((token_ids[0], max_tokens))
+        self.sampled.append((token_ids[0], seed, sampling))
         count = max_tokens or 0
         for _ in range(count):
             await asyncio.sleep(0.002)
@@ -239,11 +246,13 @@ class Writer:
         )
 
 
-async def measured(limits: list[int], window_s: float) -> tuple[Writer, Rate]:
+async def measured(
+    limits: list[int], window_s: float, seed: int | None = None, params: str | None = None
+) -> tuple[Writer, Rate]:
     """Eight requests at once, the limit of each told by its first token."""
     engine, sampling = Writer(), SamplingSettings(max_tokens=4096)
     gate = Gate(admission_policy(AdmissionSettings(policy="continuous", high=8), 8, lambda: 0), None)
-    prompts = [Asked([place, 7, 7], limit) for place, limit in enumerate(limits)]
+    prompts = [Asked([place, 7, 7], limit, seed, params) for place, limit in enumerate(limits)]
     feed = Feed(cast(Engine, engine), gate, Lengths(sampling, 8192), itertools.cycle(prompts), sampling)
     rate = await feed.measure(window_s)
     await feed.stop()
@@ -259,6 +268,17 @@ async def test_a_measurement_has_the_rows_own_limits_and_meets_the_first_on_thei
     assert all(0 < limit <= limits[place] for place, limit in first if limit)
     assert len({limit for _, limit in first}) > 4
     assert sum(limit for _, limit in first if limit) < 0.9 * sum(limits[:8])
+
+
+async def test_a_measurement_has_the_rows_own_parameters() -> None:
+    engine, _ = await measured([20] * 16, 0.1, seed=7, params='{"min_tokens": 15, "top_p": 0.5}')
+    seeds, samplings = {seed for _, seed, _ in engine.sampled}, {id(own): own for *_, own in engine.sampled}
+    [own] = samplings.values()
+    assert own is not None
+    assert (seeds, own.min_tokens, own.top_p) == ({7}, 15, 0.5)
+    assert all(15 <= (limit or 0) <= 20 for _, limit in engine.asked)  # the first are cut, but no shorter
+    plain, _ = await measured([5] * 16, 0.1)
+    assert {own for *_, own in plain.sampled} == {None}
 
 
 async def test_a_measurement_goes_on_where_answers_take_longer_than_a_window() -> None:
