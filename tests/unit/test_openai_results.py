@@ -25,6 +25,7 @@ from jobs.openai_body import CHAT, COMPLETIONS, EMBEDDINGS
 from jobs.openai_results import Counts, write_results
 from pipelines.errors import ROW_ERROR_CODES, OutputError
 from pipelines.part import FOOTER_KEY
+from pipelines.storage import Storage
 from tests.local.runs import TINY, rows_of
 from tests.tiny_vision import vision_tokenizer
 from tests.unit.stages import committed, planned, run
@@ -282,6 +283,26 @@ def test_errors_that_are_none_any_more_go(tmp_path: Path) -> None:
     (tmp_path / "results.errors.jsonl").write_text("{}\n")
     done.write()
     assert not (tmp_path / "results.errors.jsonl").exists()
+
+
+def test_what_a_retry_has_answered_is_no_error_any_more(tmp_path: Path) -> None:
+    long = {"messages": [{"role": "user", "content": "many words " * 400}]}
+    done = answered(tmp_path, bodies(CHAT, {}, long, {}))
+    assert done.write() == Counts(completed=2, failed=1)
+    output = planned(done.batch.settings)
+    run(output.retry("second", "model.engine.max_model_len=8192"), output.plan.shards)
+    assert done.write() == Counts(completed=3, failed=0)
+    assert [line["custom_id"] for line in done.good] == ["r0", "r1", "r2"]
+    assert not (tmp_path / "results.errors.jsonl").exists()
+
+
+def test_results_go_to_any_store(tmp_path: Path) -> None:
+    done = answered(tmp_path, bodies(CHAT, {}))
+    done.write()
+    place = "memory://results/of"
+    write_results(done.batch.out, f"{place}/a.jsonl", f"{place}/b.jsonl", endpoint=CHAT)
+    assert Storage(place).read("a.jsonl") == (tmp_path / "results.jsonl").read_bytes()
+    assert [info.name for info in Storage(place).list()] == ["a.jsonl"]
 
 
 def test_an_unfinished_output_gives_what_is_committed_if_asked(tmp_path: Path) -> None:
