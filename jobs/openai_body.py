@@ -13,35 +13,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from pydantic import ValidationError
 
 from pipelines.errors import SpecError
-from pipelines.settings import SamplingSettings
+from pipelines.settings import ROW_PARAMS, SamplingSettings
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 #: Endpoint → what its bodies call the prompt; the column of the job's input has the same name.
 ENDPOINTS = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}
 
-#: Sampling parameters that a row may have for itself (`sampling.params_column`), by the names of OpenAI, vLLM and Dray.
-OWN = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "max_tokens",
-    "min_tokens",
-    "stop",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "bad_words",
-    "ignore_eos",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-)
 _GENERATED = (
     "n",
     "skip_special_tokens",
@@ -162,7 +145,7 @@ class Asked:
     prompt: str
     """The messages as JSON text, or the text."""
     own: dict[str, Any]
-    """Of `OWN`, what is given, as `SamplingSettings` has it."""
+    """Of `ROW_PARAMS`, what is given, as `SamplingSettings` has it."""
     shared: dict[str, Any]
     """Of `SHARED`, what is given and no default, as it is written."""
 
@@ -186,7 +169,7 @@ def read_body(body: Mapping[str, Any], endpoint: str) -> Asked | list[tuple[str,
             continue
         if key in SHARED[endpoint]:
             shared[key] = value
-        elif endpoint != EMBEDDINGS and key in OWN:
+        elif endpoint != EMBEDDINGS and key in ROW_PARAMS:
             own[key] = value
         elif endpoint == CHAT and key == "max_completion_tokens":
             if given.get("max_tokens", value) != value:
@@ -202,9 +185,14 @@ def read_body(body: Mapping[str, Any], endpoint: str) -> Asked | list[tuple[str,
     except Refused as refused:
         prompt = ""
         problems.append(refused.args)
+    seed = own.pop("seed", None)
     if own:
-        own, wrong = _sampled(own, shared.get("n", 1))
+        own, wrong = _sampled(json.dumps(own, sort_keys=True), json.dumps(shared.get("n", 1)))
         problems += wrong
+    if seed is not None:
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            problems.append(("seed", f"{shown(seed)}: expected a whole number"))
+        own = {**own, "seed": seed}
     return problems or Asked(prompt=prompt, own=own, shared=shared)
 
 
@@ -219,15 +207,20 @@ def _same(value: Any, neutral: Any) -> bool:
     return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def _sampled(own: dict[str, Any], n: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """The parameters as `SamplingSettings` has them: numbers of one type, stop strings as a list; empty lists left out."""
+@lru_cache(4096)
+def _sampled(text: str, n: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The parameters as `SamplingSettings` has them: numbers of one type, stop strings as a list; empty lists left out.
+
+    Both are JSON. Most lines have what another one has, and a check takes 8 µs. A seed, which they may all have for
+    themselves, is not among them.
+    """
+    own, samples = json.loads(text), json.loads(n)
     if isinstance(own.get("stop"), str):
         own["stop"] = [own["stop"]]
     own = {key: value for key, value in own.items() if value != []}
+    more = {"n": samples} if isinstance(samples, int) else {}
     try:
-        settings = SamplingSettings.model_validate(
-            {**own, **({"n": n} if isinstance(n, int) else {})}, strict=True
-        )
+        settings = SamplingSettings.model_validate({**own, **more}, strict=True)
     except ValidationError as error:
         return own, told(error, own)
     return {key: getattr(settings, key) for key in own}, []

@@ -44,13 +44,14 @@ class Lines:
         self.source = source
         self.common: dict[str, Any] = {}
         """Sampling parameters that all lines give, and all alike. Never a seed: the job's would be no request's own."""
-        self._own: dict[str, None] = {}  # in order, as a set's differs between processes
-        self._line_of: dict[
-            str, int
-        ] = {}  # 160 bytes a request with ids of 12 letters: 1.6 GB for ten million
-        self._first: dict[
-            str, tuple[int, Any]
-        ] = {}  # what all have to say alike: the line that said it first, and what
+        self.shared: dict[str, Any] = {}
+        """What only the job can have: `Asked.shared` of all lines."""
+        # In order, as a set's differs between processes.
+        self._own: dict[str, None] = {}
+        # 130 bytes a request with ids of 15 letters: 1.3 GB for ten million.
+        self._line_of: dict[str, int] = {}
+        # What all have to say alike: the line that said it first, and what.
+        self._first: dict[str, tuple[int, Any]] = {}
         self._mistakes: list[Mistake] = []
         self._more = 0
 
@@ -75,12 +76,6 @@ class Lines:
     def varying(self) -> list[str]:
         """Sampling parameters that are not the same in all lines, in the order in which they came."""
         return [key for key in self._own if key not in self.common]
-
-    @property
-    def shared(self) -> dict[str, Any]:
-        """What only the job can have: keys of the bodies."""
-        found = {key: self._first[f"body.{key}"][1] for key in SHARED[self.endpoint]}
-        return {key: value for key, value in found.items() if value is not None}
 
     def requests(self, lines: Iterable[bytes]) -> Iterator[Request]:
         """The requests, in order, until the first mistake; the rest is read all the same.
@@ -138,9 +133,11 @@ class Lines:
         """With the lines before."""
         is_first = "body.model" not in self._first
         self._alike(line, custom_id, "body.model", model)
-        for key in SHARED[self.endpoint]:
-            self._alike(line, custom_id, f"body.{key}", asked.shared.get(key))
+        if is_first or asked.shared != self.shared:
+            for key in SHARED[self.endpoint]:
+                self._alike(line, custom_id, f"body.{key}", asked.shared.get(key))
         if is_first:
+            self.shared = asked.shared
             for key, text in openai_shared.problems_of(asked.shared, self.endpoint):
                 self._note(line, custom_id, f"body.{key}", text)
             self.common = {key: value for key, value in asked.own.items() if key != "seed"}

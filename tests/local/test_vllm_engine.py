@@ -222,7 +222,7 @@ async def test_rows_of_one_job_with_parameters_of_their_own_equal_bare_vllm(
     refused: dict[str, dict[str, Any]] = {
         "out-of-vocab": {"stop_token_ids": [640]},
         "Too many bad words": {"bad_words": [f"x{i}" for i in range(2000)]},
-        "they may have 1024": {"bad_words": ["naïve café " * 300]},
+        "they may have 1024": {"bad_words": ["zq#" * 2000]},
         "there may be 100": {"stop_token_ids": list(range(101)), "min_tokens": 1},
     }
     rows = [

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.openai_body import ENDPOINTS, IGNORED, NEUTRAL, OWN, SHARED, BatchMistakes
+from jobs.openai_body import ENDPOINTS, IGNORED, NEUTRAL, SHARED, BatchMistakes
 from jobs.openai_lines import Lines
 from jobs.openai_shared import prompt_of, sampling_of
+from pipelines.settings import ROW_PARAMS
 from tests.unit.fuzz import FACTOR, examples
 from tests.unit.test_openai_batch import PROMPTS
 
@@ -40,7 +41,13 @@ SHAPED = ANYTHING | st.recursive(
     max_leaves=8,
 )
 KEYS = sorted(
-    {"model", *OWN, *IGNORED, *ENDPOINTS.values(), *(k for e in ENDPOINTS for k in (*SHARED[e], *NEUTRAL[e]))}
+    {
+        "model",
+        *ROW_PARAMS,
+        *IGNORED,
+        *ENDPOINTS.values(),
+        *(k for e in ENDPOINTS for k in (*SHARED[e], *NEUTRAL[e])),
+    }
 )
 
 

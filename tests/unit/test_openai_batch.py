@@ -247,6 +247,7 @@ def test_texts_of_the_file_are_no_references(made: Convert) -> None:
         (CHAT, {"temperature": "0.5"}, 'body.temperature: "0.5": Input should be a valid number'),
         (CHAT, {"temperature": -1}, "body.temperature: -1: Input should be greater than or equal to 0"),
         (CHAT, {"temperature": True}, "body.temperature: true: true and false are not allowed here"),
+        (CHAT, {"seed": "x"}, 'body.seed: "x": expected a whole number'),
         (CHAT, {"max_tokens": 0}, "body.max_tokens: 0: Input should be greater than 0"),
         (CHAT, {"max_tokens": 3, "max_completion_tokens": 4}, "body.max_completion_tokens: 4, and max_tokens is 3: give one"),
         (CHAT, {"min_tokens": 5, "max_tokens": 4}, "body: min_tokens 5 is above max_tokens 4"),

@@ -25,8 +25,11 @@ from jobs.openai_body import CHAT, COMPLETIONS, EMBEDDINGS
 from jobs.openai_results import Counts, write_results
 from pipelines.errors import ROW_ERROR_CODES, OutputError
 from pipelines.part import FOOTER_KEY
+from pipelines.storage import Storage
 from tests.local.runs import TINY, rows_of
+from tests.tiny_vision import vision_tokenizer
 from tests.unit.stages import committed, planned, run
+from tests.unit.test_images import RED
 from tests.unit.test_openai_batch import bodies
 
 JOB = {
@@ -70,7 +73,8 @@ def answered(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "batch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     how = JOB | {key.replace("__", "."): value for key, value in overrides.items()}
-    batch = convert(str(folder / "batch.jsonl"), str(folder / "work"), model=str(TINY), overrides=how)
+    model = how.pop("model", str(TINY))
+    batch = convert(str(folder / "batch.jsonl"), str(folder / "work"), model=model, overrides=how)
     output = committed(batch.settings)
     assert verify(output.storage, deep=True)["problems"] == []
     if finished:
@@ -103,6 +107,23 @@ def test_a_chat_is_answered_as_openai_answers(tmp_path: Path) -> None:
     assert said.usage.total_tokens == rows[0]["prompt_tokens"] + said.usage.completion_tokens
     assert said.usage.prompt_tokens_details is not None
     assert said.usage.prompt_tokens_details.cached_tokens == rows[0]["cached_tokens"]
+
+
+def test_requests_are_sampled_each_as_it_says(tmp_path: Path) -> None:
+    limits = [1, 2, None, 3]
+    done = answered(
+        tmp_path, bodies(CHAT, *[{"max_tokens": limit, "seed": 5, "top_p": 0.9} for limit in limits])
+    )
+    assert done.write() == Counts(completed=4, failed=0)
+    used = [body(line)["usage"]["completion_tokens"] for line in done.good]
+    assert [used[0], used[1], used[3]] == [1, 2, 3]
+    assert used[2] > 3
+    assert [body(line)["choices"][0]["finish_reason"] for line in done.good] == [
+        "length",
+        "length",
+        "stop",
+        "length",
+    ]
 
 
 def test_completions_are_text(tmp_path: Path) -> None:
@@ -151,6 +172,23 @@ def test_failed_requests_have_a_file_of_their_own(tmp_path: Path) -> None:
     }
     assert types.shared.ErrorObject.model_validate(error)
     assert second["body"]["error"]["code"] == "prompt_too_long"
+
+
+def test_images_come_within_the_file(tmp_path: Path) -> None:
+    def asked(url: str) -> dict[str, Any]:
+        parts = [
+            {"type": "text", "text": "What?"},
+            {"type": "image_url", "image_url": {"url": url, "detail": "low"}},
+        ]
+        return {"messages": [{"role": "user", "content": parts}]}
+
+    inside = f"data:image/png;base64,{base64.b64encode(RED).decode()}"
+    lines = bodies(CHAT, asked(inside), asked("https://example.com/red.png"), {})
+    done = answered(tmp_path, lines, model=str(vision_tokenizer(tmp_path / "model")))
+    assert done.write() == Counts(completed=2, failed=1)
+    seen, bare = (body(line)["usage"]["prompt_tokens"] for line in done.good)
+    assert seen > bare + 20  # the simulated engine takes 32 tokens for an image
+    assert body(done.bad[0])["error"]["code"] == "bad_image"
 
 
 def rewritten(done: Answered, change: Callable[[pa.Table], pa.Table]) -> None:
@@ -245,6 +283,26 @@ def test_errors_that_are_none_any_more_go(tmp_path: Path) -> None:
     (tmp_path / "results.errors.jsonl").write_text("{}\n")
     done.write()
     assert not (tmp_path / "results.errors.jsonl").exists()
+
+
+def test_what_a_retry_has_answered_is_no_error_any_more(tmp_path: Path) -> None:
+    long = {"messages": [{"role": "user", "content": "many words " * 400}]}
+    done = answered(tmp_path, bodies(CHAT, {}, long, {}))
+    assert done.write() == Counts(completed=2, failed=1)
+    output = planned(done.batch.settings)
+    run(output.retry("second", "model.engine.max_model_len=8192"), output.plan.shards)
+    assert done.write() == Counts(completed=3, failed=0)
+    assert [line["custom_id"] for line in done.good] == ["r0", "r1", "r2"]
+    assert not (tmp_path / "results.errors.jsonl").exists()
+
+
+def test_results_go_to_any_store(tmp_path: Path) -> None:
+    done = answered(tmp_path, bodies(CHAT, {}))
+    done.write()
+    place = "memory://results/of"
+    write_results(done.batch.out, f"{place}/a.jsonl", f"{place}/b.jsonl", endpoint=CHAT)
+    assert Storage(place).read("a.jsonl") == (tmp_path / "results.jsonl").read_bytes()
+    assert [info.name for info in Storage(place).list()] == ["a.jsonl"]
 
 
 def test_an_unfinished_output_gives_what_is_committed_if_asked(tmp_path: Path) -> None:
