@@ -188,7 +188,7 @@ class BatchApi:
             raise ApiError(
                 400, f"endpoint is {asked.endpoint!r}; served are {', '.join(ENDPOINTS)}", param="endpoint"
             )
-        file = self._store.file(owner, asked.input_file_id)
+        file = await run_in_threadpool(self._store.file, owner, asked.input_file_id)
         if file is None or file.purpose != "batch":
             raise ApiError(404, f"No such File object: {asked.input_file_id}", param="input_file_id")
         batch = await run_in_threadpool(

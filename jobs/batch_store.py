@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, BinaryIO, TypeVar
 
@@ -22,6 +23,8 @@ from pipelines.storage import Storage
 
 #: Bytes of a file that are in memory at once while it is sent.
 _CHUNK = 4 << 20
+#: Records that are read at once, when a server starts.
+_READERS = 16
 _Record = TypeVar("_Record", FileRecord, BatchRecord)
 
 
@@ -31,17 +34,16 @@ class BatchStore:
     def __init__(self, storage: Storage, *, clock: Callable[[], float] = time.time) -> None:
         self.storage = storage
         self._clock = clock
-        self._lock = threading.Lock()
-        self._files: dict[str, FileRecord] = {}
-        self._batches: dict[str, BatchRecord] = {}
-        for info in storage.list("files"):
-            if info.name.endswith("/file.json"):
-                file = FileRecord.from_json(storage.read(info.name))
-                self._files[file.id] = file
-        for info in storage.list("batches"):
-            if info.name.count("/") == 2 and info.name.endswith("/batch.json"):
-                batch = BatchRecord.from_json(storage.read(info.name))
-                self._batches[batch.id] = batch
+        # Who reads waits for nobody's storage: a batch changes under the first, and what is told of it under the second.
+        self._writing, self._lock = threading.Lock(), threading.Lock()
+        self._files = {one.id: one for one in self._read(FileRecord, "files", "file.json")}
+        self._batches = {one.id: one for one in self._read(BatchRecord, "batches", "batch.json")}
+
+    def _read(self, kind: type[_Record], folder: str, name: str) -> list[_Record]:
+        names = [info.name for info in self.storage.list(folder)]
+        records = [found for found in names if found.count("/") == 2 and found.endswith(f"/{name}")]
+        with ThreadPoolExecutor(_READERS) as readers:
+            return list(readers.map(lambda found: kind.from_json(self.storage.read(found)), records))
 
     # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -124,9 +126,8 @@ class BatchStore:
             expires_at=now + int(window_s),
             metadata=metadata,
         )
-        with self._lock:
-            self._save(record)
-        return record
+        with self._writing:
+            return self._save(record)
 
     def batch(self, owner: str, id_: str) -> BatchRecord | None:
         with self._lock:
@@ -156,7 +157,7 @@ class BatchStore:
         A batch that has ended, or with `only_from` has another status by now, is returned as it is: that of two threads
         which are at the same batch the first one wins.
         """
-        with self._lock:
+        with self._writing:
             batch = self._batches[id_]
             if batch.has_ended or (only_from is not None and batch.status != only_from):
                 return batch
@@ -166,12 +167,13 @@ class BatchStore:
 
     def count(self, id_: str, *, completed: int, failed: int) -> None:
         """How far a running batch is; not written down, the parts know it."""
-        with self._lock:
+        with self._writing, self._lock:
             self._batches[id_] = replace(self._batches[id_], completed=completed, failed=failed)
 
     def _save(self, record: BatchRecord) -> BatchRecord:
         self.storage.write(f"batches/{record.id}/batch.json", record.to_json())
-        self._batches[record.id] = record
+        with self._lock:
+            self._batches[record.id] = record
         return record
 
 

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from jobs.batch_records import BatchRecord, Mistake, new_id
+from jobs.batch_records import BatchRecord, Mistake
 from jobs.batch_store import BatchStore
 from jobs.books import fold
 from jobs.child import start_dray
@@ -175,8 +175,9 @@ class BatchWorker:
         )
 
     def _write(self, batch: BatchRecord, status: Any) -> BatchRecord:
-        """The results as files, then the batch's end. Whoever comes here twice writes the files twice and tells of one pair."""
-        good, bad, work = new_id("file-"), new_id("file-"), self.store.work_url(batch.id)
+        """The results as files, then the batch's end. Whoever comes here twice writes the same two files again."""
+        good, bad = (f"file-{batch.id.removeprefix('batch_')}{kind}" for kind in ("o", "e"))
+        work = self.store.work_url(batch.id)
         why = _WHY_UNANSWERED.get(status)
         counts = write_results(
             f"{work}/{OUT}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def new(name: str, file: str, as_json: bool) -> None:
 )
 @click.option("--keys", "key_file", metavar="FILE", help="Who may ask: a file of `dray keys new`.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", default=8000, show_default=True, help="The port to listen on.")
+@click.option("--port", default=8000, show_default=True, help="The port to listen on; 0: a free one.")
 @click.option("--access-log", metavar="FILE", help="A JSON line for each request; default: stdout.")
 @click.option(
     "--max-file-mb", default=200, show_default=True, type=click.IntRange(min=1), help="Largest upload."
@@ -95,17 +96,15 @@ def serve(
     served = served_models(models, overrides)
     storage = Storage(store)
     storage.check_writable()
-    with OutputLock(storage, new_run_id()) as lock, _opened(access_log) as sink:
+    with _listening(host, port) as at, OutputLock(storage, new_run_id()) as lock, _opened(access_log) as sink:
         kept = BatchStore(storage)
         worker = BatchWorker(kept, served)
         api = BatchApi(kept, worker, who, max_file_bytes=max_file_mb * 1_000_000)
         app = api.app(AccessLog(sink, queued=lambda: len(kept.waiting())))
-        server = uvicorn.Server(
-            uvicorn.Config(app, host=host, port=port, access_log=False, log_level="warning", lifespan="off")
-        )
+        server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning", lifespan="off"))
         with _Working(worker, lock.check, server):
-            stderr.print(f"serving {', '.join(served)} at http://{host}:{port}/v1")
-            server.run()
+            stderr.print(f"serving {', '.join(served)} at http://{host}:{at.getsockname()[1]}/v1")
+            server.run(sockets=[at])
 
 
 class _Working:
@@ -135,6 +134,14 @@ class _Working:
         self._thread.join()
         if self._error is not None:
             raise self._error
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise SpecError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _opened(access_log: str | None) -> AbstractContextManager[IO[str]]:
