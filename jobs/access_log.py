@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 @dataclass(slots=True)
-class Told:
+class Exchange:
     """What a line tells of one request, as it goes on."""
 
     request_id: str
@@ -54,23 +54,23 @@ class AccessLog:
         """The endpoint that Prometheus scrapes."""
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
-    def answered(self, scope: Scope, told: Told, seconds: float) -> None:
+    def answered(self, scope: Scope, exchange: Exchange, seconds: float) -> None:
         """One request, after its last byte."""
         # A path that no route takes is whatever a client invents: as a label it would grow without end.
         route = getattr(scope.get("route"), "path", "none")
-        self._requests.labels(scope["method"], route, told.status).inc()
+        self._requests.labels(scope["method"], route, exchange.status).inc()
         self._seconds.labels(route).observe(seconds)
         line = {
             "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "request_id": told.request_id,
+            "request_id": exchange.request_id,
             "client": (scope.get("client") or ("",))[0],
             "key": scope.get("owner"),
             "method": scope["method"],
             "path": scope["path"],
-            "status": told.status,
+            "status": exchange.status,
             "ms": round(1000 * seconds, 1),
-            "bytes_in": told.bytes_in,
-            "bytes_out": told.bytes_out,
+            "bytes_in": exchange.bytes_in,
+            "bytes_out": exchange.bytes_out,
         }
         with self._lock:
             self._sink.write(json.dumps(line) + "\n")
@@ -78,36 +78,37 @@ class AccessLog:
 
 
 class Measured:
-    """ASGI middleware: logs each request, names it in `x-request-id`, and takes no more bytes of a body than `max_body`."""
+    """ASGI middleware: logs each request, names it in `x-request-id`, and takes no more bytes of a body than `max_body` says
+    of its path."""
 
-    def __init__(self, app: ASGIApp, log: AccessLog, max_body: int) -> None:
+    def __init__(self, app: ASGIApp, log: AccessLog, max_body: Callable[[str], int]) -> None:
         self._app, self._log, self._max_body = app, log, max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began = time.monotonic()
-        told = Told(f"req_{secrets.token_hex(12)}")
+        began, most = time.monotonic(), self._max_body(scope["path"])
+        exchange = Exchange(f"req_{secrets.token_hex(12)}")
 
         async def receiving() -> Message:
             message = await receive()
-            told.bytes_in += len(message.get("body", b""))
-            if told.bytes_in > self._max_body:
-                raise BodyTooLarge
+            exchange.bytes_in += len(message.get("body", b""))
+            if exchange.bytes_in > most:
+                raise BodyTooLarge(f"the request is larger than {most:,} bytes")
             return message
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
-                told.status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", told.request_id.encode())]
-            told.bytes_out += len(message.get("body", b""))
+                exchange.status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", exchange.request_id.encode())]
+            exchange.bytes_out += len(message.get("body", b""))
             await send(message)
 
         try:
             await self._app(scope, receiving, sending)
         finally:
-            self._log.answered(scope, told, time.monotonic() - began)
+            self._log.answered(scope, exchange, time.monotonic() - began)
 
 
 class BodyTooLarge(Exception):

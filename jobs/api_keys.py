@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from pipelines.errors import DrayError, SpecError
 from pipelines.storage import locate
 
+#: The owner of everything where no keys are asked for.
+NOBODY = "anonymous"
 #: Seconds between two looks at whether the file has changed.
 _LOOK_S = 2.0
 _log = logging.getLogger("dray")
@@ -33,42 +35,51 @@ class ApiKeys:
     """Who a key belongs to; for many threads."""
 
     def __init__(self, path: str) -> None:
-        """`path`: a local path or URL. Raises SpecError where it cannot be read as such a file."""
+        """`path`: a local path or URL. Raises SpecError where it is no such file."""
         self.path = path
         self._storage, self._file = locate(path)
-        self._lock = threading.Lock()
+        self._looking = threading.Lock()
         self._looked = time.monotonic()
         self._version = ""
-        self._digests: dict[str, str] = {}
-        self._read()
+        self._names: dict[str, str] = {}
+        try:
+            problems = self._read()
+        except FileNotFoundError:
+            raise SpecError(f"{path}: no such file; `dray keys new NAME {path}` makes one") from None
+        if problems:
+            raise SpecError("\n".join(problems))
 
     def owner(self, key: str) -> str | None:
         """The name of the key; None for one that is not in the file. Compares in constant time."""
-        given = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-        with self._lock:
-            self._look()
-            found = [name for digest, name in self._digests.items() if hmac.compare_digest(digest, given)]
+        self._look()
+        given = _digest(key)
+        found = [name for digest, name in self._names.items() if hmac.compare_digest(digest, given)]
         return found[0] if found else None
 
     def _look(self) -> None:
-        if time.monotonic() - self._looked < _LOOK_S:
+        """Of many threads one looks, and the others go by what was there before."""
+        if time.monotonic() - self._looked < _LOOK_S or not self._looking.acquire(blocking=False):
             return
-        self._looked = time.monotonic()
         try:
-            self._read()
-        except DrayError as error:  # half-way through an edit, or the store is away: those of before count
-            _log.error("the keys of before still count: %s", error)
-
-    def _read(self) -> None:
-        try:
-            version = self._storage.info(self._file).version
-            if version != self._version:
-                self._digests = _parse(self._storage.read(self._file), self.path)
-                self._version = version
+            for problem in self._read():
+                _log.error("no key: %s", problem)
         except FileNotFoundError:
-            raise SpecError(
-                f"{self.path}: no such file; `dray keys new NAME {self.path}` makes one"
-            ) from None
+            _log.error("%s: no such file any more, and so no keys", self.path)
+            self._version, self._names = "", {}
+        except DrayError as error:  # the store is away: those of before still count
+            _log.error("the keys of before still count: %s", error)
+        finally:
+            self._looked = time.monotonic()
+            self._looking.release()
+
+    def _read(self) -> list[str]:
+        """Take the file's keys, if it has changed; what is wrong with lines of it, which give none."""
+        version = self._storage.info(self._file).version
+        if version == self._version:
+            return []
+        names, problems = _parse(self._storage.read(self._file), self.path)
+        self._version, self._names = version, names
+        return problems
 
 
 def new_key(name: str, path: str) -> str:
@@ -76,10 +87,10 @@ def new_key(name: str, path: str) -> str:
 
     Raises SpecError where the name is taken or has other characters than letters, digits and `_.@-`.
     """
-    if not _NAME.fullmatch(name):
-        raise SpecError(f"{name!r}: a key's name has letters, digits and _ . @ - only")
+    if not _NAME.fullmatch(name) or name == NOBODY:
+        raise SpecError(f"{name!r}: a key's name has letters, digits and _ . @ - only, and is not {NOBODY}")
     key = f"dray-{secrets.token_urlsafe(32)}"
-    line = f"{name}  sha256:{hashlib.sha256(key.encode()).hexdigest()}  {datetime.now(UTC):%Y-%m-%d}\n"
+    line = f"{name}  sha256:{_digest(key)}  {datetime.now(UTC):%Y-%m-%d}\n"
     storage, file = locate(path)
     while True:
         found = storage.read_versioned(file)
@@ -88,26 +99,34 @@ def new_key(name: str, path: str) -> str:
                 return key
             continue
         data, version = found
-        if name in _parse(data, path).values():
+        names, problems = _parse(data, path)
+        if problems:
+            raise SpecError("\n".join(problems))
+        if name in names.values():
             raise SpecError(f"{path}: {name} has a key already; choose another name, or take its line out")
         before = data if not data or data.endswith(b"\n") else data + b"\n"
         if storage.replace(file, before + line.encode(), version):
             return key
 
 
-def _parse(data: bytes, path: str) -> dict[str, str]:
-    """Digest → name."""
-    digests: dict[str, str] = {}
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _parse(data: bytes, path: str) -> tuple[dict[str, str], list[str]]:
+    """Digest → name, of the good lines; what is wrong with the others."""
+    names: dict[str, str] = {}
+    problems = []
     for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue
         match = _LINE.fullmatch(text)
-        if match is None:
-            raise SpecError(
-                f"{path}, line {number}: expected NAME sha256:DIGEST, as `dray keys new NAME {path}` writes it"
-            )
-        if match["name"] in digests.values():
-            raise SpecError(f"{path}, line {number}: {match['name']} is there twice")
-        digests[match["digest"]] = match["name"]
-    return digests
+        if match is None or match["name"] == NOBODY:
+            expected = f"expected NAME sha256:DIGEST, as `dray keys new NAME {path}` writes it"
+            problems.append(f"{path}, line {number}: {expected}")
+        elif match["name"] in names.values():
+            problems.append(f"{path}, line {number}: {match['name']} is there twice")
+        else:
+            names[match["digest"]] = match["name"]
+    return names, problems

@@ -14,18 +14,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from jobs.access_log import AccessLog, BodyTooLarge, Measured
-from jobs.api_keys import ApiKeys
+from jobs.api_keys import NOBODY, ApiKeys
 from jobs.batch_records import BatchRecord, FileRecord
 from jobs.batch_store import BatchStore
 from jobs.batch_worker import BatchWorker
@@ -33,12 +33,11 @@ from jobs.durations import seconds_of
 from jobs.openai_body import ENDPOINTS
 from pipelines.errors import DrayError
 
-#: The owner of everything where no keys are asked for.
-NOBODY = "anonymous"
-#: Most records that one page of a list has (OpenAI's bound), and has by default.
+#: Most records that one page of a list has; of batches so many by default. OpenAI's numbers.
 _MOST, _PAGE = 10_000, 20
-#: What a form may have besides its file.
-_FORM_BYTES = 64 << 10
+_LONGEST_S = 365 * 24 * 3600.0
+#: The largest body that is no upload, and what an upload's form may have besides its file.
+_BODY_BYTES = 64 << 10
 
 
 class ApiError(Exception):
@@ -52,13 +51,15 @@ class ApiError(Exception):
 
 
 def _window(text: str) -> str:
-    if not seconds_of(text):
-        raise ValueError(f"{text!r} is no time such as 24h or 7d")
+    if not 0 < (seconds_of(text) or 0) <= _LONGEST_S:
+        raise ValueError(f"{text[:40]!r} is no time such as 24h or 7d, of a year at most")
     return text
 
 
 class NewBatch(BaseModel):
-    """The body of `POST /v1/batches`."""
+    """The body of `POST /v1/batches`. What is not served, such as `output_expires_after`, is refused by name."""
+
+    model_config = ConfigDict(extra="forbid")
 
     input_file_id: str
     endpoint: str
@@ -104,22 +105,24 @@ class BatchApi:
         app = Starlette(
             routes=routes,
             exception_handlers={
-                ApiError: _told,
-                BodyTooLarge: self._too_large,
-                HTTPException: _told_of_http,
-                DrayError: _told_of_storage,
-                Exception: _told_of_bug,
+                ApiError: _client_error,
+                BodyTooLarge: _too_large,
+                ClientDisconnect: _gone,
+                HTTPException: _http_error,
+                DrayError: _storage_error,
+                Exception: _bug,
             },
         )
-        return Measured(app, log, max_body=self._max_file_bytes + _FORM_BYTES)
+        uploads = {"/v1/files": self._max_file_bytes + _BODY_BYTES}
+        return Measured(app, log, lambda path: uploads.get(path, _BODY_BYTES))
 
     # ── Without a key ────────────────────────────────────────────────────────────────────────────────────────────
 
     def health(self, request: Request) -> Response:
         """For probes: the server answers, and what it is at."""
-        return JSONResponse(
-            {"status": "ok", "running": self._worker.current, "waiting": len(self._store.waiting())}
-        )
+        running = self._worker.current
+        behind = [batch for batch in self._store.waiting() if batch.id != running]
+        return JSONResponse({"status": "ok", "running": running, "waiting": len(behind)})
 
     # ── Models ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -140,6 +143,8 @@ class BatchApi:
         owner = await run_in_threadpool(self._owner, request)
         async with request.form(max_files=1) as form:
             file, purpose = form.get("file"), form.get("purpose")
+            if others := sorted(form.keys() - {"file", "purpose"}):
+                raise ApiError(400, f"{others[0]} is not served; leave it out", param=others[0])
             if not isinstance(file, UploadFile):
                 raise ApiError(400, "give the file as the form's field 'file'", param="file")
             if purpose != "batch":
@@ -153,7 +158,7 @@ class BatchApi:
     def files(self, request: Request) -> Response:
         records = self._store.files(self._owner(request))
         purpose = request.query_params.get("purpose")
-        return _listed(request, [record for record in records if purpose in (None, record.purpose)])
+        return _listed(request, [record for record in records if purpose in (None, record.purpose)], _MOST)
 
     def file(self, request: Request) -> Response:
         return JSONResponse(self._file(request).to_openai())
@@ -168,10 +173,8 @@ class BatchApi:
 
     def delete(self, request: Request) -> Response:
         record = self._file(request)
-        for batch in self._store.batches(record.owner):
-            if batch.input_file_id == record.id and batch.status == "validating":
-                raise ApiError(409, f"batch {batch.id} has still to read it; cancel the batch first")
-        self._store.delete_file(record)
+        if batch := self._store.delete_file(record):
+            raise ApiError(400, f"batch {batch.id} has still to read it; cancel the batch first", param="id")
         return JSONResponse({"id": record.id, "object": "file", "deleted": True})
 
     # ── Batches ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -188,19 +191,18 @@ class BatchApi:
             raise ApiError(
                 400, f"endpoint is {asked.endpoint!r}; served are {', '.join(ENDPOINTS)}", param="endpoint"
             )
-        file = await run_in_threadpool(self._store.file, owner, asked.input_file_id)
-        if file is None or file.purpose != "batch":
-            raise ApiError(404, f"No such File object: {asked.input_file_id}", param="input_file_id")
         batch = await run_in_threadpool(
             lambda: self._store.add_batch(
                 owner,
                 endpoint=asked.endpoint,
-                input_file_id=file.id,
+                input_file_id=asked.input_file_id,
                 completion_window=asked.completion_window,
                 window_s=seconds_of(asked.completion_window) or 0,
                 metadata=asked.metadata or {},
             )
         )
+        if batch is None:
+            raise ApiError(404, f"No such File object: {asked.input_file_id}", param="input_file_id")
         return JSONResponse(batch.to_openai())
 
     def batches(self, request: Request) -> Response:
@@ -212,7 +214,7 @@ class BatchApi:
     def cancel(self, request: Request) -> Response:
         batch = self._batch(request)
         if batch.has_ended:
-            raise ApiError(409, f"Cannot cancel a batch with status '{batch.status}'.")
+            raise ApiError(400, f"Cannot cancel a batch with status '{batch.status}'.", param="batch_id")
         self._store.move(batch.id, "cancelled", only_from="validating")
         return JSONResponse(self._store.move(batch.id, "cancelling", only_from="in_progress").to_openai())
 
@@ -243,26 +245,25 @@ class BatchApi:
             raise ApiError(404, f"No batch found with id '{id_}'.", param="batch_id")
         return found
 
-    def _too_large(self, request: Request, error: Exception) -> Response:
-        most = f"{self._max_file_bytes:,} bytes"
-        return _error(413, f"the request is larger than {most}; split the file", "request_too_large")
-
 
 def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "dray"}
 
 
-def _listed(request: Request, records: Sequence[FileRecord] | Sequence[BatchRecord]) -> Response:
-    """One page, by the query's `after` and `limit`."""
+def _listed(request: Request, records: Sequence[FileRecord | BatchRecord], page: int = _PAGE) -> Response:
+    """One page, by the query's `after`, `limit` and `order`; the latest first, unless that is `asc`."""
+    rising = request.query_params.get("order") == "asc"
     try:
-        limit = int(request.query_params.get("limit", _PAGE))
+        limit = int(request.query_params.get("limit", page))
     except ValueError:
         limit = 0
     if not 1 <= limit <= _MOST:
         raise ApiError(400, f"limit must be from 1 to {_MOST:,}", param="limit")
     after = request.query_params.get("after")
-    rest = [record for record in records if after is None or record.id < after]
-    return _page([record.to_openai() for record in rest[:limit]], last=len(rest) <= limit)
+    ordered = list(reversed(records)) if rising else list(records)
+    if after is not None:
+        ordered = [record for record in ordered if (record.id > after if rising else record.id < after)]
+    return _page([record.to_openai() for record in ordered[:limit]], last=len(ordered) <= limit)
 
 
 def _page(found: list[dict[str, Any]], *, last: bool) -> Response:
@@ -287,12 +288,20 @@ def _error(status: int, message: str, code: str | None = None, param: str | None
     return JSONResponse(body, status, {"www-authenticate": "Bearer"} if status == 401 else None)
 
 
-def _told(request: Request, error: Exception) -> Response:
+def _client_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _error(error.status, str(error), error.code, error.param)
 
 
-def _told_of_http(request: Request, error: Exception) -> Response:
+def _too_large(request: Request, error: Exception) -> Response:
+    return _error(413, str(error), "request_too_large")
+
+
+def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it but the access log; nginx's code for this
+
+
+def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code in (404, 405):
         return _error(
@@ -301,9 +310,9 @@ def _told_of_http(request: Request, error: Exception) -> Response:
     return _error(error.status_code, str(error.detail))
 
 
-def _told_of_storage(request: Request, error: Exception) -> Response:
+def _storage_error(request: Request, error: Exception) -> Response:
     return _error(503, "the server's storage does not answer; try again")
 
 
-def _told_of_bug(request: Request, error: Exception) -> Response:
+def _bug(request: Request, error: Exception) -> Response:
     return _error(500, "The server had an error while processing your request.")

@@ -52,17 +52,20 @@ class BatchStore:
         id_ = new_id("file-")
         with self.storage.writing(f"files/{id_}/content.jsonl") as file:
             shutil.copyfileobj(upload, file, _CHUNK)
-        return self._told(id_, owner, filename, "batch")
+        return self._announced(id_, owner, filename, "batch")
 
     def adopt_file(self, owner: str, filename: str, id_: str) -> FileRecord:
         """Tell of results that were written to `content_url` of this id."""
-        return self._told(id_, owner, filename, "batch_output")
+        return self._announced(id_, owner, filename, "batch_output")
 
-    def drop_content(self, id_: str) -> None:
-        """Remove what was written to `content_url` and is not told of."""
+    def drop_file(self, id_: str) -> None:
+        """Remove a file of this id, if there is one. The record goes first: a file that is told of has its content."""
+        self.storage.delete(f"files/{id_}/file.json")
         self.storage.delete(f"files/{id_}/content.jsonl")
+        with self._lock:
+            self._files.pop(id_, None)
 
-    def _told(self, id_: str, owner: str, filename: str, purpose: Purpose) -> FileRecord:
+    def _announced(self, id_: str, owner: str, filename: str, purpose: Purpose) -> FileRecord:
         record = FileRecord(
             id=id_,
             owner=owner,
@@ -95,12 +98,14 @@ class BatchStore:
         for start in range(0, record.bytes, _CHUNK):
             yield self.storage.read_range(name, start, min(start + _CHUNK, record.bytes))
 
-    def delete_file(self, record: FileRecord) -> None:
-        """The record goes first: a file that is told of has its content."""
-        self.storage.delete(f"files/{record.id}/file.json")
-        self.drop_content(record.id)
-        with self._lock:
-            self._files.pop(record.id, None)
+    def delete_file(self, record: FileRecord) -> BatchRecord | None:
+        """Remove it, unless a batch, which is returned then, has still to read it."""
+        with self._writing:
+            for batch in self.waiting():
+                if batch.input_file_id == record.id and batch.status == "validating":
+                    return batch
+            self.drop_file(record.id)
+            return None
 
     # ── Batches ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -113,8 +118,8 @@ class BatchStore:
         completion_window: str,
         window_s: float,
         metadata: dict[str, str],
-    ) -> BatchRecord:
-        """Queue a batch; on return it will be run, whatever ends this process."""
+    ) -> BatchRecord | None:
+        """Queue a batch; on return it will be run, whatever ends this process. None where the owner has no such file."""
         now = int(self._clock())
         record = BatchRecord(
             id=new_id("batch_"),
@@ -127,7 +132,8 @@ class BatchStore:
             metadata=metadata,
         )
         with self._writing:
-            return self._save(record)
+            file = self.file(owner, input_file_id)
+            return self._save(record) if file is not None and file.purpose == "batch" else None
 
     def batch(self, owner: str, id_: str) -> BatchRecord | None:
         with self._lock:

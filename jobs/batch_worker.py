@@ -1,9 +1,10 @@
 """Runs the batches of a store one after the other, each as an ordinary job in a process of its own.
 
     validating ──convert──► in_progress ──dray run──► finalizing ──write_results──► completed
-         └► failed              └► failed      cancelling ──┴──► cancelled, expired: with what was answered until then
+         └► failed              ├► failed     cancelling ──┴──► cancelled, expired: with what was answered until then
+                                └► again, where the run was killed
 
-Whatever ends this process or the run, the batch is taken up where it stands when the worker starts again: a run resumes.
+Whatever ends this process or the run, the batch is taken up where it stands: a run resumes.
 """
 
 from __future__ import annotations
@@ -11,54 +12,45 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
-import subprocess
-import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
-from jobs.batch_records import BatchRecord, Mistake
+from jobs.batch_records import BatchRecord, Mistake, Status
+from jobs.batch_run import DrayRun, Run
 from jobs.batch_store import BatchStore
 from jobs.books import fold
-from jobs.child import start_dray
 from jobs.inspect import opened
-from jobs.openai_batch import JOB, convert
+from jobs.openai_batch import JOB, Batch, convert
 from jobs.openai_body import BatchMistakes
 from jobs.openai_body import Mistake as LineMistake
-from jobs.openai_job import OUT, REQUESTS
+from jobs.openai_job import OUT, REQUESTS, as_yaml
 from jobs.openai_results import Unanswered, write_results
 from jobs.served_models import ServedModel
-from pipelines.errors import DrayError, Interrupted, OutputError, TransientStorageError
+from pipelines.errors import Interrupted, SpecError, StorageError, StorageFull, TransientStorageError
 from pipelines.storage import Storage, locate
 
-#: Seconds between two looks at the queue and at a run; between two counts of a run's rows.
-_TICK_S, _COUNT_S = 0.2, 3.0
-#: Seconds until a store that did not answer is asked again.
+#: Seconds between two looks at the queue and at a run.
+_TICK_S = 0.2
+#: Seconds between two counts of a run's rows, or so many times what the last one took: it reads each part's footer.
+_COUNT_S, _COUNT_SHARE = 3.0, 20
+#: Seconds until a store that failed us is asked again.
 _RETRY_S = 5.0
+#: So often a run that somebody killed is started again, by one server.
+_MOST_RESTARTS = 5
+#: What is the store's fault, and no batch's.
+_STORE = (StorageError, StorageFull, TransientStorageError)
 _READ_BYTES = 1 << 20
 _log = logging.getLogger("dray")
 
 _WHY_UNANSWERED = {
     "expired": "This request was not answered within the completion window.",
     "cancelled": "The batch was cancelled before this request was answered.",
+    "failed": "The batch failed before this request was answered.",
 }
-
-
-class Run(Protocol):
-    """A run of a batch's job."""
-
-    def is_on(self) -> bool:
-        """Whether it has not ended."""
-
-    def end(self) -> None:
-        """As Ctrl-C would; once."""
-
-    def result(self) -> tuple[int, str]:
-        """(exit code of `dray run`, what an error said); waits for its end."""
 
 
 class BatchWorker:
@@ -69,7 +61,7 @@ class BatchWorker:
         store: BatchStore,
         models: Mapping[str, ServedModel],
         *,
-        start: Callable[[bytes], Run] = lambda job: DrayRun(job),
+        start: Callable[[bytes], Run] = DrayRun,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`models`: by the name that requests call them. `start`: begins a run of a job file with this content."""
@@ -79,6 +71,7 @@ class BatchWorker:
         """The batch that is at work."""
         self._start, self._clock = start, clock
         self._stopping = threading.Event()
+        self._restarts: Counter[str] = Counter()
 
     def stop(self) -> None:
         """Have `run` return; the run that goes on is ended as by SIGTERM, and its batch taken up by the next worker."""
@@ -88,37 +81,45 @@ class BatchWorker:
         """Until `stop`. `check` raises when the store is somebody else's by now."""
         while not self._stopping.is_set():
             check()
-            waiting = self.store.waiting()
-            if not waiting:
-                self._stopping.wait(_TICK_S)
-                continue
-            self.current = waiting[0].id
             try:
-                self._advance(waiting[0])
-            except TransientStorageError as error:
-                _log.warning("batch %s: %s; trying again", self.current, error)
+                self._expire_queued()
+                waiting = self.store.waiting()
+                if waiting:
+                    self._handle(waiting[0])
+                else:
+                    self._stopping.wait(_TICK_S)
+            except _STORE as error:  # full, away, or refusing us: mended from outside
+                _log.error("batches wait for their store: %s", error)
                 self._stopping.wait(_RETRY_S)
-            except DrayError as error:
-                self._fail(waiting[0], Mistake(code="batch_failed", message=str(error)))
-            except Exception as error:  # noqa: BLE001 -- one batch that cannot be is no reason to end the others
-                _log.exception("batch %s", self.current)
-                self._fail(
-                    waiting[0], Mistake(code="internal_error", message=f"{type(error).__name__}: {error}")
-                )
-            finally:
-                self.current = None
+
+    def _handle(self, batch: BatchRecord) -> None:
+        self.current = batch.id
+        try:
+            self._advance(batch)
+        except _STORE:
+            raise
+        except Exception:  # noqa: BLE001 -- one batch that cannot be is no reason to end the others
+            _log.exception("batch %s", batch.id)
+            self._fail(batch, self._ours(batch, "internal_error"))
+        finally:
+            self.current = None
 
     def _advance(self, batch: BatchRecord) -> None:
         """As far as it goes: to the end of the batch, or until `stop`."""
         if batch.status == "validating":
-            if self._clock() > batch.expires_at:
-                self.store.move(batch.id, "expired")
-                return
             batch = self._validate(batch)
         if batch.status in ("in_progress", "cancelling"):
             batch = self._answer(batch)
         if batch.status == "finalizing":
             self._write(batch, "completed")
+
+    # ── Before ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _expire_queued(self) -> None:
+        """Those whose window is over before their turn has come."""
+        for batch in self.store.waiting():
+            if batch.status == "validating" and self._clock() > batch.expires_at:
+                self.store.move(batch.id, "expired", only_from="validating")
 
     def _validate(self, batch: BatchRecord) -> BatchRecord:
         """Check the whole file, and make its job; nothing has been asked until then."""
@@ -132,8 +133,12 @@ class BatchWorker:
             converted = convert(
                 url, self.store.work_url(batch.id), extends=served.job_file, overrides=served.overrides
             )
+            self._keep_job(batch, converted)
         except BatchMistakes as error:
-            return self._fail(batch, *map(_told, error.mistakes))
+            return self._fail(batch, *map(_mistake_of, error.mistakes))
+        except SpecError as error:
+            message = str(error).replace(url, "the file").replace(self.store.storage.root, "…")
+            return self._fail(batch, Mistake(code="invalid_request", message=message))
         if converted.endpoint != batch.endpoint:
             message = f"the lines' url is {converted.endpoint}, the batch's endpoint {batch.endpoint}"
             return self._fail(batch, Mistake(code="mismatched_endpoint", message=message, param="url"))
@@ -146,39 +151,74 @@ class BatchWorker:
             total=converted.requests,
         )
 
+    def _keep_job(self, batch: BatchRecord, converted: Batch) -> None:
+        """With what it extends written out: the served job file may be another one when a next server goes on."""
+        whole = as_yaml(converted.load().raw)
+        Storage(self.store.work_url(batch.id)).write(JOB, whole.encode())
+
+    # ── The run ──────────────────────────────────────────────────────────────────────────────────────────────────
+
     def _answer(self, batch: BatchRecord) -> BatchRecord:
-        """Run the job, unless it was cancelled before it began."""
-        work = Storage(self.store.work_url(batch.id))
-        run = self._start(work.read(JOB)) if batch.status == "in_progress" else None
-        counted = 0.0
-        while run is not None and run.is_on():
-            now = self.store.batch(batch.owner, batch.id)
-            expired = self._clock() > batch.expires_at
-            if self._stopping.is_set() or expired or (now is not None and now.status == "cancelling"):
+        """Run the job, unless it was cancelled before."""
+        code, why = Interrupted.exit_code, ""
+        if batch.status == "in_progress" and self._clock() <= batch.expires_at:
+            run = self._start(Storage(self.store.work_url(batch.id)).read(JOB))
+            try:
+                self._look_after(batch, run)
+            finally:
                 run.end()
-            elif time.monotonic() - counted > _COUNT_S:
-                counted = time.monotonic()
-                self._count(batch)
-            time.sleep(_TICK_S)
-        code, why = (Interrupted.exit_code, "") if run is None else run.result()
-        batch = self.store.batch(batch.owner, batch.id) or batch
+                code, why = run.result()
+        if code == 0:
+            batch = self.store.move(batch.id, "finalizing", only_from="in_progress")
+        else:
+            batch = self.store.batch(batch.owner, batch.id) or batch
         if batch.status == "cancelling":
             return self._write(batch, "cancelled")
         if code == 0:
-            return self.store.move(batch.id, "finalizing")
+            return batch
         if self._clock() > batch.expires_at:
             return self._write(batch, "expired")
         if self._stopping.is_set():
             return batch
-        return self._fail(
-            batch, Mistake(code="batch_failed", message=why or f"the run ended with exit code {code}")
-        )
+        _log.error("batch %s: its run ended with exit code %d: %s", batch.id, code, why)
+        if (code < 0 or code == Interrupted.exit_code) and self._restarts[batch.id] < _MOST_RESTARTS:
+            self._restarts[batch.id] += 1
+            return batch
+        return self._write(batch, "failed", errors=[asdict(self._ours(batch, "batch_failed"))])
 
-    def _write(self, batch: BatchRecord, status: Any) -> BatchRecord:
+    def _look_after(self, batch: BatchRecord, run: Run) -> None:
+        """Until it has ended; it is asked to when the batch is cancelled or expired, or this worker is to stop."""
+        count_at = 0.0
+        while run.is_on():
+            now = self.store.batch(batch.owner, batch.id)
+            expired = self._clock() > batch.expires_at
+            if self._stopping.is_set() or expired or (now is not None and now.status == "cancelling"):
+                run.end()
+            elif time.monotonic() > count_at:
+                began = time.monotonic()
+                self._count(batch)
+                self._expire_queued()
+                took = time.monotonic() - began
+                count_at = began + max(_COUNT_S, _COUNT_SHARE * took)
+            time.sleep(_TICK_S)
+
+    def _count(self, batch: BatchRecord) -> None:
+        """How far it is, if that can be seen now."""
+        try:
+            storage = Storage(f"{self.store.work_url(batch.id)}/{OUT}")
+            totals = fold(storage, opened(storage)[1]).totals
+        except Exception as error:  # noqa: BLE001 -- the run goes on without
+            _log.debug("batch %s: not counted: %s", batch.id, error)
+            return
+        self.store.count(batch.id, completed=totals.rows_ok, failed=totals.rows_failed)
+
+    # ── The end ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _write(self, batch: BatchRecord, status: Status, **changes: Any) -> BatchRecord:
         """The results as files, then the batch's end. Whoever comes here twice writes the same two files again."""
         good, bad = (f"file-{batch.id.removeprefix('batch_')}{kind}" for kind in ("o", "e"))
-        work = self.store.work_url(batch.id)
-        why = _WHY_UNANSWERED.get(status)
+        work, why = self.store.work_url(batch.id), _WHY_UNANSWERED.get(status)
+        unanswered = why and Unanswered(requests=f"{work}/{REQUESTS}", code=f"batch_{status}", message=why)
         counts = write_results(
             f"{work}/{OUT}",
             self.store.content_url(good),
@@ -186,30 +226,22 @@ class BatchWorker:
             endpoint=batch.endpoint,
             encoding_format=batch.encoding_format,
             model=batch.model,
-            unanswered=None
-            if why is None
-            else Unanswered(requests=f"{work}/{REQUESTS}", code=f"batch_{status}", message=why),
+            unanswered=unanswered or None,
         )
-        told = {"output": (good, counts.completed), "error": (bad, counts.failed)}
-        files: dict[str, Any] = {}
-        for kind, (id_, requests) in told.items():
-            files[f"{kind}_file_id"] = id_ if requests else None
-            if requests:
+        for kind, id_, written in (("output", good, counts.completed), ("error", bad, counts.failed)):
+            if written:
                 self.store.adopt_file(batch.owner, f"{batch.id}_{kind}.jsonl", id_)
             else:
-                self.store.drop_content(id_)
-        return self.store.move(batch.id, status, completed=counts.completed, failed=counts.failed, **files)
-
-    def _count(self, batch: BatchRecord) -> None:
-        try:
-            storage = Storage(f"{self.store.work_url(batch.id)}/{OUT}")
-            totals = fold(storage, opened(storage)[1]).totals
-        except OutputError:
-            return  # its plan is not there yet
-        self.store.count(batch.id, completed=totals.rows_ok, failed=totals.rows_failed)
+                self.store.drop_file(id_)
+            changes[f"{kind}_file_id"] = id_ if written else None
+        return self.store.move(batch.id, status, completed=counts.completed, failed=counts.failed, **changes)
 
     def _fail(self, batch: BatchRecord, *mistakes: Mistake) -> BatchRecord:
         return self.store.move(batch.id, "failed", errors=[asdict(mistake) for mistake in mistakes])
+
+    def _ours(self, batch: BatchRecord, code: str) -> Mistake:
+        """What a client is told of what is no mistake of its own: no paths, no settings."""
+        return Mistake(code=code, message=f"The server could not run {batch.id}; its log says why.")
 
 
 def asked_model(url: str) -> str | None:
@@ -226,7 +258,7 @@ def asked_model(url: str) -> str | None:
     return None
 
 
-def _told(mistake: LineMistake) -> Mistake:
+def _mistake_of(mistake: LineMistake) -> Mistake:
     who = "" if mistake.custom_id is None else f"custom_id {mistake.custom_id!r}: "
     about = f"{mistake.key}: " if mistake.key else ""
     return Mistake(
@@ -235,33 +267,3 @@ def _told(mistake: LineMistake) -> Mistake:
         line=mistake.line,
         param=mistake.key or None,
     )
-
-
-class DrayRun:
-    """`dray run` of a job file, as a process of its own."""
-
-    def __init__(self, job: bytes) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="dray-batch-")
-        job_file = os.path.join(self._folder.name, JOB)
-        Path(job_file).write_bytes(job)
-        self._told = Path(self._folder.name, "told.json")
-        with self._told.open("wb") as told:
-            self._process = start_dray(["run", "--json", job_file], stdout=told, stderr=subprocess.DEVNULL)
-        self._asked = False
-
-    def is_on(self) -> bool:
-        return self._process.poll() is None
-
-    def end(self) -> None:
-        if not self._asked:
-            self._asked = True
-            self._process.terminate()
-
-    def result(self) -> tuple[int, str]:
-        code = self._process.wait()
-        told = self._told.read_bytes()
-        self._folder.cleanup()
-        try:
-            return code, str(json.loads(told).get("message", ""))
-        except ValueError:
-            return code, ""

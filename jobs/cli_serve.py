@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-import socket
 import sys
-import threading
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO
 
 import click
 
 from jobs.command import command, main, show, stderr
-from pipelines.errors import Interrupted, SpecError
-
-if TYPE_CHECKING:
-    import uvicorn
-
-    from jobs.batch_worker import BatchWorker
+from pipelines.errors import SpecError
 
 
 @main.group("keys")
@@ -76,11 +67,11 @@ def serve(
 
     Ctrl-C or SIGTERM ends it and the run that goes on; the next start takes up what was not finished.
     """
-    import uvicorn
-
     from jobs.access_log import AccessLog
     from jobs.api_keys import ApiKeys
     from jobs.batch_api import BatchApi
+    from jobs.batch_server import listening
+    from jobs.batch_server import serve as serve_batches
     from jobs.batch_store import BatchStore
     from jobs.batch_worker import BatchWorker
     from jobs.ledger import new_run_id
@@ -96,52 +87,13 @@ def serve(
     served = served_models(models, overrides)
     storage = Storage(store)
     storage.check_writable()
-    with _listening(host, port) as at, OutputLock(storage, new_run_id()) as lock, _opened(access_log) as sink:
+    with listening(host, port) as at, OutputLock(storage, new_run_id()) as lock, _opened(access_log) as sink:
         kept = BatchStore(storage)
         worker = BatchWorker(kept, served)
         api = BatchApi(kept, worker, who, max_file_bytes=max_file_mb * 1_000_000)
         app = api.app(AccessLog(sink, queued=lambda: len(kept.waiting())))
-        server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning", lifespan="off"))
-        with _Working(worker, lock.check, server):
-            stderr.print(f"serving {', '.join(served)} at http://{host}:{at.getsockname()[1]}/v1")
-            server.run(sockets=[at])
-
-
-class _Working:
-    """The worker in a thread: its end is the server's, and the other way round."""
-
-    def __init__(self, worker: BatchWorker, check: Callable[[], None], server: uvicorn.Server) -> None:
-        self._worker, self._check, self._server = worker, check, server
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="batches")
-
-    def _run(self) -> None:
-        try:
-            self._worker.run(self._check)
-        except BaseException as error:  # noqa: BLE001 - raised again where the server ends
-            self._error = error
-        finally:
-            self._server.should_exit = True
-
-    def __enter__(self) -> None:
-        # uvicorn raises the signal that ended it once more for those who handled it before.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _stopped)
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._worker.stop()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        raise SpecError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
+        stderr.print(f"serving {', '.join(served)} at http://{host}:{at.getsockname()[1]}/v1")
+        serve_batches(app, at, worker, lock.check)
 
 
 def _opened(access_log: str | None) -> AbstractContextManager[IO[str]]:
@@ -151,7 +103,3 @@ def _opened(access_log: str | None) -> AbstractContextManager[IO[str]]:
         return open(access_log, "a", encoding="utf-8")
     except OSError as error:
         raise SpecError(f"--access-log {access_log}: {error.strerror}") from None
-
-
-def _stopped(number: int, frame: Any) -> None:
-    raise Interrupted(f"stopped by {signal.Signals(number).name}; start it again to go on with the batches")

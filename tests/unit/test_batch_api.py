@@ -18,6 +18,7 @@ from openai.types import Batch
 from openai.types.chat import ChatCompletion
 from starlette.testclient import TestClient
 
+from jobs import api_keys, batch_worker
 from jobs.access_log import AccessLog
 from jobs.api_keys import ApiKeys, new_key
 from jobs.batch_api import BatchApi
@@ -25,6 +26,7 @@ from jobs.batch_store import BatchStore
 from jobs.batch_worker import BatchWorker
 from jobs.books import SUCCESS
 from jobs.served_models import served_models
+from pipelines.errors import SpecError, StorageError, StorageFull, TransientStorageError
 from pipelines.storage import Storage
 from tests.local.runs import TINY
 from tests.unit.stages import planned, run
@@ -38,6 +40,7 @@ class ByStages:
     """A run of a job by its stages, in a thread; as many of its shards as it is let."""
 
     most: int | None = None
+    code = 130
 
     def __init__(self, job: bytes) -> None:
         self.ended, self.error = threading.Event(), ""
@@ -49,7 +52,7 @@ class ByStages:
         run(output.work("stages"), output.plan.shards[: self.most])
         if self.most is None:
             output.storage.write(SUCCESS, b"")  # the runner's, when the books balance
-        else:
+        elif self.code == 130:
             self.ended.wait(60)
 
     def is_on(self) -> bool:
@@ -60,17 +63,19 @@ class ByStages:
 
     def result(self) -> tuple[int, str]:
         self.thread.join()
-        return (130, "stopped") if self.most is not None else (0, "")
+        return (0, "") if self.most is None else (self.code, "/some/path: broke")
 
 
 class Server:
     """A server on one folder, and its clients."""
 
-    def __init__(self, folder: Path, *, keyed: bool = False, max_file_bytes: int = 1_000_000) -> None:
+    def __init__(
+        self, folder: Path, *, keyed: bool = False, max_file_bytes: int = 1_000_000, **sections: Any
+    ) -> None:
         self.folder, self.now = folder, time.time()
         job = folder / "job.yaml"
         model = {"source": str(TINY), "backend": "simulated", "simulated": {"tokens_per_s": 1e7}}
-        job.write_text(json.dumps({"model": model, "shards": {"rows": 5}}))
+        job.write_text(json.dumps({"model": model, "shards": {"rows": 5}, **sections}))
         self.store = BatchStore(Storage(str(folder / "store")), clock=lambda: self.now)
         self.start: Callable[[bytes], Any] = ByStages
         self.worker = BatchWorker(
@@ -234,7 +239,9 @@ class TestBatches:
             while client.batches.retrieve(batch.id).status != "in_progress" or not Half.is_there(tmp_path):
                 time.sleep(0.02)
         assert client.batches.retrieve(batch.id).status == "in_progress"
-        again = Server(tmp_path)
+        again = Server(
+            tmp_path, sampling={"top_p": 0.5}
+        )  # served otherwise now; the batch goes on as it began
         with again.working():
             done = ended(again.client(), batch.id)
         assert done.status == "completed"
@@ -263,11 +270,134 @@ class TestBatches:
         assert done.request_counts is not None
         assert done.request_counts.to_dict() == {"total": 12, "completed": 5, "failed": 7}
 
+    def test_a_killed_run_is_started_again(self, server: Server) -> None:
+        begun: list[type[ByStages]] = []
+
+        def start(job: bytes) -> ByStages:
+            begun.append(ByStages if begun else Killed)
+            return begun[-1](job)
+
+        server.start = start
+        client = server.client()
+        batch = created(client, lines(12, max_tokens=8))
+        with server.working():
+            done = ended(client, batch.id)
+        assert (done.status, begun) == ("completed", [Killed, ByStages])
+        assert len(told(client, done.output_file_id)) == 12
+
+    def test_one_that_is_killed_again_and_again_is_given_up(self, server: Server) -> None:
+        begun: list[bytes] = []
+
+        class Dead:
+            def __init__(self, job: bytes) -> None:
+                begun.append(job)
+
+            def is_on(self) -> bool:
+                return False
+
+            def end(self) -> None:
+                pass
+
+            def result(self) -> tuple[int, str]:
+                return -9, ""
+
+        server.start = Dead
+        client = server.client()
+        batch = created(client, lines(3, max_tokens=8))
+        with server.working():
+            done = ended(client, batch.id)
+        assert (done.status, done.output_file_id, len(begun)) == ("failed", None, 6)
+        assert len(told(client, done.error_file_id)) == 3
+
+    def test_what_a_failed_run_has_answered_is_given(self, server: Server) -> None:
+        server.start = Broken
+        client = server.client()
+        batch = created(client, lines(12, max_tokens=8))
+        with server.working():
+            done = ended(client, batch.id)
+        assert done.status == "failed"
+        assert [line["custom_id"] for line in told(client, done.output_file_id)] == [
+            f"row-{number}" for number in range(5)
+        ]
+        assert {line["error"]["code"] for line in told(client, done.error_file_id)} == {"batch_failed"}
+        assert "/some/path" not in done.to_json()
+        assert str(server.folder) not in done.to_json()
+
+    def test_a_fault_while_counting_is_nothing_to_a_run(
+        self, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun: list[ByStages] = []
+
+        def start(job: bytes) -> ByStages:
+            begun.append(ByStages(job))
+            return begun[-1]
+
+        def away(*_: object) -> None:
+            raise TransientStorageError("the store is away")
+
+        server.start = start
+        monkeypatch.setattr(batch_worker, "fold", away)
+        client = server.client()
+        batch = created(client, lines(6, max_tokens=8))
+        with server.working():
+            assert ended(client, batch.id).status == "completed"
+        assert len(begun) == 1
+
+    @pytest.mark.parametrize("fault", [StorageError, StorageFull, TransientStorageError])
+    def test_a_store_that_fails_is_waited_for(
+        self, server: Server, monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
+    ) -> None:
+        """Whatever is written: the job, the batch's record, a result's."""
+        monkeypatch.setattr(batch_worker, "_RETRY_S", 0.01)
+        client = server.client()
+        batch = created(client, lines(6, max_tokens=8))
+        server.store.storage = Flaky(server.store.storage.root, fault)
+        with server.working():
+            done = ended(client, batch.id)
+        assert done.status == "completed"
+        assert len(told(client, done.output_file_id)) == 6
+        assert len(list(client.files.list(purpose="batch_output"))) == 1
+
+    def test_windows_of_those_behind_are_kept(self, server: Server, tmp_path: Path) -> None:
+        client = server.client()
+        server.start = Half
+        created(client, lines(12, max_tokens=8))
+        behind = client.post(
+            "/batches",
+            body={
+                "input_file_id": uploaded(client, lines(1)),
+                "endpoint": "/v1/chat/completions",
+                "completion_window": "1h",
+            },
+            cast_to=Batch,
+        )
+        with server.working():
+            while not Half.is_there(tmp_path):
+                time.sleep(0.02)
+            server.now += 3601
+            assert ended(client, behind.id).status == "expired"
+
+    def test_a_cancel_that_was_told_holds(self, server: Server) -> None:
+        client = server.client()
+        batch = created(client, lines(6, max_tokens=8))
+
+        class Late(ByStages):
+            def result(self) -> tuple[int, str]:
+                done = super().result()
+                assert client.batches.cancel(batch.id).status == "cancelling"
+                return done
+
+        server.start = Late
+        with server.working():
+            done = ended(client, batch.id)
+        assert done.status == "cancelled"
+        assert len(told(client, done.output_file_id)) == 6
+
     def test_one_that_waits_is_cancelled_at_once(self, server: Server) -> None:
         client = server.client()
         batch = created(client, lines(1))
         assert client.batches.cancel(batch.id).status == "cancelled"
-        with pytest.raises(openai.ConflictError):
+        with pytest.raises(openai.BadRequestError):
             client.batches.cancel(batch.id)
         assert server.store.waiting() == []
 
@@ -282,6 +412,12 @@ class TestBatches:
         ]
         assert [batch.id for batch in client.batches.list(limit=2)] == made[::-1]  # the client asks on
         assert len(client.batches.list(limit=2).data) == 2
+        first = uploaded(client, lines(1))
+        assert [file.id for file in client.files.list(order="asc", limit=1)] == [file, first]
+
+    def test_a_large_body_is_no_batch(self, server: Server) -> None:
+        answer = TestClient(server.app).post("/v1/batches", content=b"[" * 100_000)
+        assert answer.status_code == 413
 
 
 class Half(ByStages):
@@ -292,6 +428,33 @@ class Half(ByStages):
     @staticmethod
     def is_there(folder: Path) -> bool:
         return bool(list(folder.glob("store/batches/*/work/out/data/*.parquet")))
+
+
+class Killed(Half):
+    """Does the first shard, and is killed."""
+
+    code = -9
+
+
+class Broken(Half):
+    """Does the first shard, and fails."""
+
+    code = 1
+
+
+class Flaky(Storage):
+    """Fails the first time that something is written below a folder, each folder and kind of object once."""
+
+    def __init__(self, root: str, fault: type[Exception]) -> None:
+        super().__init__(root)
+        self.fault, self.seen = fault, set[str]()
+
+    def write(self, name: str, data: bytes) -> None:
+        kind = f"{name.split('/')[0]}/{json.loads(data).get('status')}"
+        if kind not in self.seen:
+            self.seen.add(kind)
+            raise self.fault(f"{name}: not now")
+        super().write(name, data)
 
 
 class TestFiles:
@@ -310,7 +473,7 @@ class TestFiles:
     def test_one_that_a_batch_waits_to_read_stays(self, server: Server) -> None:
         client = server.client()
         batch = created(client, lines(1))
-        with pytest.raises(openai.ConflictError, match=batch.id):
+        with pytest.raises(openai.BadRequestError, match=batch.id):
             client.files.delete(batch.input_file_id)
 
     def test_one_that_is_too_large_is_refused(self, tmp_path: Path) -> None:
@@ -373,6 +536,32 @@ class TestKeys:
                 call()
         assert {line["key"] for line in server.lines} == {None}
 
+    def test_a_key_ends_with_its_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(api_keys, "_LOOK_S", 0.0)
+        server = Server(tmp_path, keyed=True)
+        ann, bob = (server.client(server.keys[name]) for name in ("ann", "bob"))
+        _, of_bob = server.key_file.read_text().splitlines()
+        server.key_file.write_text(
+            f"{of_bob}\nann sha256:typo\n"
+        )  # one bad line is no reason to keep the others
+        assert list(bob.models.list())
+        with pytest.raises(openai.AuthenticationError):
+            ann.models.list()
+        server.key_file.unlink()
+        with pytest.raises(openai.AuthenticationError):
+            bob.models.list()
+
+    def test_a_file_of_keys_has_each_name_once(self, tmp_path: Path) -> None:
+        path = str(tmp_path / "keys.txt")
+        key = new_key("ann", path)
+        assert ApiKeys(path).owner(key) == "ann"
+        for name in ("ann", "anonymous", "a b"):
+            with pytest.raises(SpecError):
+                new_key(name, path)
+        (tmp_path / "keys.txt").write_text("ann secret\n")
+        with pytest.raises(SpecError, match="line 1"):
+            ApiKeys(path)
+
 
 class TestHttp:
     def test_every_request_is_logged(self, tmp_path: Path) -> None:
@@ -412,6 +601,11 @@ class TestHttp:
             ({"endpoint": "/v1/images", "completion_window": "24h"}, "endpoint"),
             ({"endpoint": "/v1/completions", "completion_window": "soon"}, "completion_window"),
             ({"completion_window": "24h"}, "endpoint"),
+            ({"endpoint": "/v1/completions", "completion_window": "9" * 400 + "h"}, "completion_window"),
+            (
+                {"endpoint": "/v1/completions", "completion_window": "24h", "output_expires_after": {}},
+                "output_expires_after",
+            ),
         ],
     )
     def test_a_batch_that_cannot_be_is_refused(
