@@ -132,8 +132,12 @@ def test_a_server_that_is_stopped_ends_its_run(tmp_path: Path) -> None:
             time.sleep(0.1)
         time.sleep(6)  # into the run
         children = psutil.Process(server.pid).children(recursive=True)
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=60) == 130
+        with socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0]))) as stalled:
+            head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+            head += "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 9999\r\n\r\n--b"
+            stalled.sendall(head.encode())
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=60) == 130
         assert not [process for process in children if still_runs(process)]
     record = json.loads((tmp_path / "store" / "batches" / batch.id / "batch.json").read_text())
     assert record["status"] == "in_progress"

@@ -219,6 +219,7 @@ class TestBatches:
         [
             (lines(1).replace(b'"tiny"', b'"gpt-9"'), "model_not_found"),
             (lines(1).replace(b"chat/completions", b"embeddings").replace(b"messages", b"input"), None),
+            (lines(1, tools=[{"type": "function", "function": {"name": "f"}}]), "invalid_request"),
         ],
     )
     def test_what_is_not_served_fails(self, server: Server, data: bytes, code: str | None) -> None:
@@ -230,6 +231,7 @@ class TestBatches:
         assert done.errors is not None
         assert done.errors.data
         assert code in (None, done.errors.data[0].code)
+        assert str(server.folder) not in done.to_json()
 
     def test_a_batch_is_taken_up_by_the_next_server(self, server: Server, tmp_path: Path) -> None:
         client = server.client()
@@ -541,9 +543,7 @@ class TestKeys:
         server = Server(tmp_path, keyed=True)
         ann, bob = (server.client(server.keys[name]) for name in ("ann", "bob"))
         _, of_bob = server.key_file.read_text().splitlines()
-        server.key_file.write_text(
-            f"{of_bob}\nann sha256:typo\n"
-        )  # one bad line is no reason to keep the others
+        server.key_file.write_text(f"ann sha256:typo\n{of_bob}\n")  # one bad line costs no other
         assert list(bob.models.list())
         with pytest.raises(openai.AuthenticationError):
             ann.models.list()
