@@ -342,7 +342,7 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
         sys.exit(1)
 
 
-from jobs import cli_batch, cli_costs, cli_export, cli_models, cli_schedule  # noqa: E402,F401
+from jobs import cli_batch, cli_costs, cli_export, cli_models, cli_schedule, cli_serve  # noqa: E402,F401
 
 if __name__ == "__main__":
     main(prog_name=Path(sys.argv[0]).name)

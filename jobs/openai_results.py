@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -22,11 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.books import SUCCESS, Books, fold
+from jobs.books import SUCCESS, fold
 from jobs.inspect import opened
 from jobs.loading import load
 from jobs.openai_body import CHAT, EMBEDDINGS, ENDPOINTS
 from jobs.openai_job import VECTOR
+from jobs.output import read_spec
 from pipelines.errors import OutputError
 from pipelines.part import Part, raise_if_damaged
 from pipelines.storage import Storage, locate
@@ -63,6 +64,16 @@ class Counts:
     failed: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unanswered:
+    """What is told of requests that were never answered, since the batch ended before."""
+
+    requests: str
+    """The file of all requests that the batch was converted to."""
+    code: str
+    message: str
+
+
 def write_results(
     out: str,
     results: str,
@@ -72,32 +83,27 @@ def write_results(
     encoding_format: str = "float",
     model: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
-    partial: bool = False,
+    unanswered: Unanswered | None = None,
 ) -> Counts:
     """Write the answers in the output `out` of a batch job to the file `results`, and its failed requests to `errors`.
 
     All three are paths or fsspec URLs, reached with `storage_options`. `endpoint`, `encoding_format`: as `Batch` has them;
     `model`: what the answers call the model, by default its source. Each file appears whole, `errors` first, and only where a request
-    has failed: one that is there goes otherwise. The same parts make the same bytes. `partial`: also of an output that is not
-    finished, what is committed of it.
+    has failed: one that is there goes otherwise. The same parts make the same bytes. `unanswered`: also of an output that is not
+    finished, or not begun; requests that nothing is committed of stand behind those that failed.
 
     Raises OutputError for an output that is not finished, or is not a batch job's.
     """
     storage = Storage(out, storage_options)
-    record, plan = opened(storage)
-    books = fold(storage, plan)
-    if not partial and not (storage.exists(SUCCESS) and books.complete):
-        raise OutputError(
-            f"{storage.url()} is not finished: run the batch again, which takes up what is left"
-        )
-    if model is None:
-        source = load(record["spec"], [], record.get("variables") or {}).spec.model.source
-        model = source.rstrip("/").rpartition("/")[2] if source.startswith("/") else source
-    answers = _Answers(endpoint, model, encoding_format)
+    parts = _parts(storage, partial=unanswered is not None)
+    answers = _Answers(endpoint, model or (_model(storage) if parts else ""), encoding_format)
     completed = failed = 0
+    seen: set[str] = set()
     with ExitStack() as open_files:
         good, bad = _opened(open_files, results, storage_options), None
-        for created, rows in _requests(storage, books, answers.columns):
+        for created, rows in _requests(storage, parts, answers.columns):
+            if unanswered is not None:
+                seen.add(rows[0]["custom_id"])
             if all(row["error_code"] is not None for row in rows):
                 bad = bad or _opened(open_files, errors, storage_options)
                 bad.write(_line(answers.error(rows[0])))
@@ -105,6 +111,10 @@ def write_results(
             else:
                 good.write(_line(answers.answer(rows, created)))
                 completed += 1
+        for line in _lines_without(seen, unanswered, storage_options) if unanswered is not None else ():
+            bad = bad or _opened(open_files, errors, storage_options)
+            bad.write(_line(line))
+            failed += 1
     if bad is None:
         place, name = locate(errors, storage_options)
         place.delete(name)
@@ -123,9 +133,30 @@ def _line(value: Mapping[str, Any]) -> bytes:
 # ── What the parts hold ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _requests(storage: Storage, books: Books, columns: tuple[str, ...]) -> Iterator[tuple[int, list[Row]]]:
+def _parts(storage: Storage, *, partial: bool) -> Sequence[Part]:
+    """What is committed, which is everything unless `partial`. Raises OutputError."""
+    if partial and not read_spec(storage):
+        return ()
+    books = fold(storage, opened(storage)[1])
+    if not partial and not (storage.exists(SUCCESS) and books.complete):
+        raise OutputError(
+            f"{storage.url()} is not finished: run the batch again, which takes up what is left"
+        )
+    return books.parts
+
+
+def _model(storage: Storage) -> str:
+    """What answered: a hub id, a URL, or the name of a local folder."""
+    record, _ = opened(storage)
+    source = load(record["spec"], [], record.get("variables") or {}).spec.model.source
+    return source.rstrip("/").rpartition("/")[2] if source.startswith("/") else source
+
+
+def _requests(
+    storage: Storage, parts: Sequence[Part], columns: tuple[str, ...]
+) -> Iterator[tuple[int, list[Row]]]:
     """(Unix time at which it was answered, the rows) of each request, in the order of the input: one row for each sample."""
-    for part in books.parts:
+    for part in parts:
         created = int(part.footer.provenance.committed_at)
         for _, rows in groupby(_rows(storage, part, columns), itemgetter("row_id")):
             yield created, list(rows)
@@ -143,6 +174,23 @@ def _rows(storage: Storage, part: Part, columns: tuple[str, ...]) -> Iterator[Ro
     except (pa.ArrowException, OSError) as error:
         raise_if_damaged(error, storage.url(name))
         raise
+
+
+def _lines_without(
+    seen: set[str], unanswered: Unanswered, options: Mapping[str, Any] | None
+) -> Iterator[dict[str, Any]]:
+    """The lines of all other requests, in their order."""
+    storage, name = locate(unanswered.requests, options)
+    with storage.open_input(name) as file, pq.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(columns=["custom_id"]):
+            for custom_id in batch.column(0).to_pylist():
+                if custom_id not in seen:
+                    yield {
+                        "id": f"batch_req_{_hash(custom_id)}",
+                        "custom_id": custom_id,
+                        "response": None,
+                        "error": {"code": unanswered.code, "message": unanswered.message},
+                    }
 
 
 # ── What the lines say ───────────────────────────────────────────────────────────────────────────────────────────
@@ -222,7 +270,11 @@ def _response(row: Row, status: int, body: dict[str, Any]) -> dict[str, Any]:
 
 def _digest(row: Row) -> str:
     """The same whenever the results are written."""
-    return hashlib.sha256(row["row_id"].encode()).hexdigest()[:32]
+    return _hash(row["row_id"])
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _message(row: Row) -> dict[str, Any]:

@@ -8,11 +8,9 @@ missed and which run was cut short.
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,31 +18,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from jobs.child import start_dray
 from jobs.ledger import new_run_id
 from jobs.loading import LoadedJob
 from jobs.lock import OutputLock
 from jobs.references import MASK, is_one_reference, is_secret_name, masked
 from jobs.schedule import ScheduleSettings, id_of
 from jobs.schedule_log import By, ScheduleLog
-from pipelines.code import code_path
 from pipelines.errors import DrayError, Interrupted, OutputLocked, SpecError, TransientStorageError
 
 #: A time that is older than this when it is seen was missed: this process, or the machine, was not there for it.
 MISSED_S = 60.0
 #: Seconds between two looks at a run, and at most between two looks at the clock, which may be set meanwhile.
 TICK_S, SLEEP_S = 0.2, 5.0
-
-_DRAY = """
-from pipelines.orphans import end_with_parent
-end_with_parent()
-from jobs.cli import main
-main(prog_name="dray")
-"""
 
 Notify = Callable[[str], None]
 
@@ -69,18 +59,7 @@ class Runs:
         )
 
     def start(self, moment: datetime) -> subprocess.Popen[bytes]:
-        """The same Dray as this one, never one of the working directory (`-P`). It ends when this process is killed.
-
-        In a session of its own, so that Ctrl-C comes to it once, from us.
-        """
-        root = str(Path(code_path()).parent)
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        return subprocess.Popen(
-            [sys.executable, "-P", "-c", _DRAY, *self.arguments(moment)],
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        return start_dray(self.arguments(moment))
 
 
 class Signals:

@@ -20,24 +20,6 @@ from hypothesis import settings
 
 HERE = Path(__file__).parent
 
-#: Of tests/local what starts no Ray: an engine in the test's own process, a server, the command line, or nothing.
-WITHOUT_RAY = frozenset(
-    f"tests/local/test_{name}.py"
-    for name in (
-        "bad_input",
-        "bad_places",
-        "doctor",
-        "hub",
-        "images_s3",
-        "models",
-        "parsers",
-        "report_page",
-        "scopes_vllm",
-        "storage_s3",
-        "vllm_engine",
-    )
-)
-
 # Drivers, Ray workers and engines run side by side on few cores: each computes on one thread.
 _THREADS = {
     "OMP_NUM_THREADS": "1",
@@ -117,24 +99,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # As in the stages that only tokenise (`pipelines.tokenizer.do_without_torch`): transformers would import it for 4 s.
         sys.modules.setdefault("torch", cast("ModuleType", None))
     # Two processes that share the tests end together if the last of them are short.
-    places = {CLUSTERS: 0, "local": 1, "proof": 2}
-    items.sort(key=lambda item: places.get(scope_of(item.nodeid), places.get(item.path.parent.name, 3)))
-
-
-CLUSTERS = "clusters"
+    places = {"gpu": 0, "local": 1, "proof": 2}
+    items.sort(key=lambda item: places.get(item.path.parent.name, 3))
 
 
 def scope_of(nodeid: str) -> str:
-    """What one process runs from beginning to end: all that start Ray, another local file, or one test."""
+    """What one process runs from beginning to end: all that use a GPU, a file whose tests share engines, or one test."""
     file = nodeid.partition("::")[0]
-    if not file.startswith(("tests/local/", "tests/gpu/")):
-        return nodeid
-    return file if file in WITHOUT_RAY else CLUSTERS
+    if file.startswith("tests/gpu/"):
+        return "gpu"
+    return file if file.startswith("tests/local/") else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `--dist=loadscope`: tests that start Ray one after the other in one process, all others beside."""
+    """With `--dist=loadscope`: each of the processes takes the next scope when it has done one."""
     if config.getvalue("dist") != "loadscope":
         return None
     from xdist.scheduler import LoadScopeScheduling

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.local.runs import DRAY, REAL, ROOT, job, rows_of, write_questions
+from tests.processes import still_runs
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -26,9 +27,9 @@ def test_a_tensor_parallel_run_ends_with_its_last_process(tmp_path: Path) -> Non
         while process.poll() is None:
             with suppress(psutil.NoSuchProcess):
                 started.update(psutil.Process(process.pid).children(recursive=True))
-                names |= {child.name() for child in started if child.is_running()}
+                names |= {child.name() for child in started if still_runs(child)}
             time.sleep(0.2)
-        left = {child.name() for child in started if child.is_running() and child.name().startswith("VLLM::")}
+        left = [child for child in started if still_runs(child) and child.name().startswith("VLLM::")]
     assert process.returncode == 0
     assert {"VLLM::Worker_TP0", "VLLM::Worker_TP1"} <= names
     assert not left

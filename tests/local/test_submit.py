@@ -24,6 +24,7 @@ from jobs.lock import held_by
 from pipelines.storage import Storage
 from tests.chaos.stage import ENVIRONMENT
 from tests.local.runs import DRAY, ROOT, TINY, rows_of, write_questions
+from tests.processes import still_runs
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
@@ -194,7 +195,7 @@ def test_a_node_that_is_removed_costs_a_run_its_shards_in_flight_only(tmp_path: 
         assert raylet in nodes.raylets
         nodes.remove(raylet)
         psutil.wait_procs([engine], timeout=30)
-        assert not engine.is_running()
+        assert not still_runs(engine)
         before = provenances(tmp_path)
         assert 2 <= len(before) < 12
 

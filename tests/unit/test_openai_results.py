@@ -22,7 +22,8 @@ from jobs.books import SUCCESS
 from jobs.inspect import verify
 from jobs.openai_batch import Batch, convert
 from jobs.openai_body import CHAT, COMPLETIONS, EMBEDDINGS
-from jobs.openai_results import Counts, write_results
+from jobs.openai_job import REQUESTS
+from jobs.openai_results import Counts, Unanswered, write_results
 from pipelines.errors import ROW_ERROR_CODES, OutputError
 from pipelines.part import FOOTER_KEY
 from pipelines.storage import Storage
@@ -317,8 +318,23 @@ def test_an_unfinished_output_gives_what_is_committed_if_asked(tmp_path: Path) -
     with pytest.raises(OutputError, match="is not finished: run the batch again"):
         done.write()
     assert not (tmp_path / "results.jsonl").exists()
-    assert done.write(partial=True) == Counts(completed=6, failed=0)
+    requests = str(tmp_path / "work" / REQUESTS)
+    why = Unanswered(requests=requests, code="batch_expired", message="too late")
+    assert done.write(unanswered=why) == Counts(completed=6, failed=3)
     assert [line["custom_id"] for line in done.good] == ["r0", "r1", "r2", "r6", "r7", "r8"]
+    assert [line["custom_id"] for line in done.bad] == ["r3", "r4", "r5"]
+    assert {line["response"] for line in done.bad} == {None}
+    assert {line["error"]["code"] for line in done.bad} == {"batch_expired"}
+
+
+def test_an_output_that_was_not_begun_gives_errors_only(tmp_path: Path) -> None:
+    (tmp_path / "batch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bodies(CHAT, {}, {})))
+    batch = convert(str(tmp_path / "batch.jsonl"), str(tmp_path / "work"), model=str(TINY))
+    done = Answered(batch, tmp_path)
+    requests = str(tmp_path / "work" / REQUESTS)
+    why = Unanswered(requests=requests, code="batch_cancelled", message="cancelled")
+    assert done.write(unanswered=why) == Counts(completed=0, failed=2)
+    assert [line["custom_id"] for line in done.bad] == ["r0", "r1"]
 
 
 def test_the_model_may_have_another_name(tmp_path: Path) -> None:
