@@ -21,6 +21,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pipelines.chat_options import NO_PROMPTS
+
 
 def _distinct(names: list[str]) -> list[str]:
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -29,10 +31,10 @@ def _distinct(names: list[str]) -> list[str]:
     return names
 
 
-Rate = Annotated[float, Field(ge=0.0, le=1.0)]
-Text = Annotated[str, Field(min_length=1)]
 #: vLLM holds numbers and ids of tokens in 32 bits: a larger one ends its engine process.
 MOST_TOKENS = 2**31 - 1
+Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+Text = Annotated[str, Field(min_length=1)]
 #: `package.module:name` of something in a package of the user's own.
 Function = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
 Names = Annotated[list[Text], AfterValidator(_distinct)]
@@ -103,7 +105,7 @@ class PromptSettings(Settings):
     chat: bool | None = None
     """Apply the model's chat template; default: whenever the model has one."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Extra variables for the model's chat template, for example `enable_thinking`."""
+    """Extra variables for the model's chat template, for example `enable_thinking`; `chat_template` is another template."""
     tools: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
     """Functions that the model may call, as OpenAI's API takes them; the chat template writes them into the prompt."""
 
@@ -133,6 +135,10 @@ class PromptSettings(Settings):
             raise ValueError("system, messages_column and tools need the chat template; remove `chat: false`")
         if self.tools and "tools" in self.chat_template_kwargs:
             raise ValueError("give tools or chat_template_kwargs.tools, not both")
+        for name in sorted(NO_PROMPTS & self.chat_template_kwargs.keys()):
+            raise ValueError(
+                f"chat_template_kwargs.{name} is no variable of chat templates: it says how they are applied; leave it out"
+            )
         return self
 
 
