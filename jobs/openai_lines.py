@@ -7,7 +7,7 @@ Sources: https://platform.openai.com/docs/api-reference/batch/request-input, vLL
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,12 +20,13 @@ from jobs.openai_body import (
     Mistake,
     Refused,
     read_body,
-    shown,
 )
-from pipelines.errors import InputError
+from jobs.openai_json import SURROGATE, TooDeep, are_equal, is_text, printable, read_json, shown
 
 _MOST_MISTAKES = 10
 _KEYS = ("custom_id", "method", "url", "body")
+#: How half of a surrogate pair comes into a value: a line's bytes are UTF-8.
+_ESCAPED = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Request(NamedTuple):
@@ -80,7 +81,7 @@ class Lines:
     def requests(self, lines: Iterable[bytes]) -> Iterator[Request]:
         """The requests, in order, until the first mistake; the rest is read all the same.
 
-        Raises BatchMistakes at the end, InputError for a file without requests.
+        Raises BatchMistakes at the end, also for a file without requests.
         """
         for number, line in enumerate(lines, 1):
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -89,7 +90,8 @@ class Lines:
         if self._mistakes:
             raise BatchMistakes(self.source, tuple(self._mistakes), self._more)
         if not self.count:
-            raise InputError(f"{self.source}: holds no requests")
+            nothing = Mistake(line=None, custom_id=None, key="", text="holds no requests")
+            raise BatchMistakes(self.source, (nothing,))
 
     def _request(self, line: int, text: bytes) -> Request | None:
         custom_id = None
@@ -99,6 +101,8 @@ class Lines:
             first = self._line_of.setdefault(custom_id, line)
             if first != line:
                 raise Refused("custom_id", f"line {first} has it already; each line needs its own")
+            if _ESCAPED.search(text) and (key := _key_of_no_text(value)) is not None:
+                raise Refused(key, SURROGATE)
             asked = self._asked(line, custom_id, value)
         except Refused as refused:
             self._note(line, custom_id, *refused.args)
@@ -133,7 +137,7 @@ class Lines:
         """With the lines before."""
         is_first = "body.model" not in self._first
         self._alike(line, custom_id, "body.model", model)
-        if is_first or asked.shared != self.shared:
+        if is_first or not are_equal(asked.shared, self.shared):
             for key in SHARED[self.endpoint]:
                 self._alike(line, custom_id, f"body.{key}", asked.shared.get(key))
         if is_first:
@@ -148,7 +152,7 @@ class Lines:
     def _alike(self, line: int, custom_id: str, key: str, value: Any) -> bool:
         """Whether the first line said the same."""
         first, said = self._first.setdefault(key, (line, value))
-        if said == value and isinstance(said, bool) == isinstance(value, bool):
+        if are_equal(said, value):
             return True
         a, b = ("none" if one is None else shown(one) for one in (said, value))
         why = "a file has one" if key in ("url", "body.model") else "it is the same for a whole job"
@@ -157,15 +161,17 @@ class Lines:
 
     def _note(self, line: int, custom_id: str | None, key: str, text: str) -> None:
         if len(self._mistakes) < _MOST_MISTAKES:
-            self._mistakes.append(Mistake(line=line, custom_id=custom_id, key=key, text=text))
+            self._mistakes.append(Mistake(line=line, custom_id=custom_id, key=printable(key), text=text))
         else:
             self._more += 1
 
 
 def _object(text: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(text.decode(), parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
+        value = read_json(text.decode())
+    except TooDeep as error:
+        raise Refused("", f"{error}: {_start(text)}") from None
+    except ValueError as error:
         raise Refused("", f"no JSON in UTF-8 ({error}): {_start(text)}") from None
     if not isinstance(value, dict):
         raise Refused("", f"expected an object with {', '.join(_KEYS)}; got {shown(value)}")
@@ -174,7 +180,7 @@ def _object(text: bytes) -> dict[str, Any]:
 
 def _custom_id(value: dict[str, Any]) -> str:
     custom_id = value.get("custom_id")
-    if not isinstance(custom_id, str) or not custom_id or not _is_text(custom_id):
+    if not isinstance(custom_id, str) or not custom_id or not is_text(custom_id):
         raise Refused("custom_id", f"expected text that no other line has, got {shown(custom_id)}")
     return custom_id
 
@@ -183,10 +189,13 @@ def _start(text: bytes) -> str:
     return shown(text[:80].decode("utf-8", "replace").rstrip())
 
 
-def _is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: JSON may escape half of a surrogate pair."""
-    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+def _key_of_no_text(value: dict[str, Any]) -> str | None:
+    """The first key that holds, or is, what cannot be written as UTF-8."""
+    for key, item in value.items():
+        inside = item if key == "body" and isinstance(item, dict) else {}
+        for name, one in inside.items():
+            if not is_text({name: one}):
+                return f"body.{name}"
+        if not inside and not is_text({key: item}):
+            return key
+    return None

@@ -6,13 +6,13 @@ tools, tool_choice, chat_template_kwargs, reasoning_effort ─► `prompt_of`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
-from jobs.openai_body import EMBEDDINGS, Refused, shown, told
+from jobs.openai_body import EMBEDDINGS, Refused, told
+from jobs.openai_json import is_text, read_json, shown
 from pipelines.ask_settings import EmbedStep
 from pipelines.output_schema import schema_problem
 from pipelines.settings import PromptSettings, SamplingSettings, Settings
@@ -104,10 +104,10 @@ def _constraint(kind: str, value: Any, key: str) -> dict[str, Any]:
     if kind != "json":
         return {"structured_outputs": {kind: value}}
     try:
-        schema = json.loads(value) if isinstance(value, str) else value
+        schema = read_json(value) if isinstance(value, str) else value
     except ValueError:
         schema = None
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict) or not is_text(schema):
         raise Refused(key, f"expected a JSON Schema, got {shown(value)}")
     return {"output_schema": schema}
 
