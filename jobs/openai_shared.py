@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from jobs.openai_body import EMBEDDINGS, Refused, told
 from jobs.openai_json import is_text, read_json, shown
 from pipelines.ask_settings import EmbedStep
+from pipelines.chat_options import CHAT_OPTIONS
 from pipelines.output_schema import schema_problem
 from pipelines.settings import PromptSettings, SamplingSettings, Settings
 
@@ -39,6 +40,11 @@ def problems_of(shared: Mapping[str, Any], endpoint: str) -> list[tuple[str, str
         if not isinstance(prompt.get("chat_template_kwargs", {}), dict):
             raise Refused(
                 "chat_template_kwargs", f"expected an object, got {shown(shared['chat_template_kwargs'])}"
+            )
+        for name in sorted(CHAT_OPTIONS & prompt.get("chat_template_kwargs", {}).keys()):
+            raise Refused(
+                f"chat_template_kwargs.{name}",
+                "no variable of the model's chat template, but says how that is applied; take it out of the line",
             )
         _check(PromptSettings, {"messages_column": "x"}, prompt, ("tools",))
     except Refused as refused:
