@@ -26,6 +26,9 @@ CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/
 #: Endpoint → what its bodies call the prompt; the column of the job's input has the same name.
 ENDPOINTS = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}
 
+#: Most tokens of an answer whose line gives no limit, unless the job file gives one: OpenAI's.
+LIMITS: dict[str, int | None] = {CHAT: None, COMPLETIONS: 16, EMBEDDINGS: None}
+
 _GENERATED = (
     "n",
     "skip_special_tokens",
@@ -155,10 +158,11 @@ class Refused(Exception):
     """`args`: key of the body, what is wrong."""
 
 
-def read_body(body: Mapping[str, Any], endpoint: str) -> Asked | list[tuple[str, str]]:
+def read_body(body: Mapping[str, Any], endpoint: str, limit: int | None) -> Asked | list[tuple[str, str]]:
     """What a body asks, or what is wrong with it: (key of the body, what was given and the way out).
 
-    What is `shared` is looked at by `openai_shared.problems_of`, once for all lines. A null is a key that is not given.
+    `limit`: the most tokens of an answer where the body says none; None: as many as there is room for, or not known. What is
+    `shared` is looked at by `openai_shared.problems_of`, once for all lines. A null is a key that is not given.
     """
     given = {key: value for key, value in body.items() if value is not None}
     neutral, name = NEUTRAL[endpoint], ENDPOINTS[endpoint]
@@ -190,6 +194,9 @@ def read_body(body: Mapping[str, Any], endpoint: str) -> Asked | list[tuple[str,
     if own:
         own, wrong = _sampled(json.dumps(own, sort_keys=True), json.dumps(shared.get("n", 1)))
         problems += wrong
+        if not wrong and limit is not None and "max_tokens" not in own and own.get("min_tokens", 0) > limit:
+            why = f"above the {limit} tokens that an answer has where its line gives no max_tokens; give one"
+            problems.append(("min_tokens", f"{own['min_tokens']}: {why}"))
     if seed is not None:
         if not isinstance(seed, int) or isinstance(seed, bool):
             problems.append(("seed", f"{shown(seed)}: expected a whole number"))
@@ -215,7 +222,7 @@ def _sampled(text: str, n: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     own = {key: value for key, value in own.items() if value != []}
     more = {"n": samples} if isinstance(samples, int) else {}
     try:
-        settings = SamplingSettings.model_validate({**own, **more}, strict=True)
+        settings = SamplingSettings.model_validate({"max_tokens": None, **own, **more}, strict=True)
     except ValidationError as error:
         return own, told(error, own)
     return {key: getattr(settings, key) for key in own}, []

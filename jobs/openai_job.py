@@ -13,7 +13,7 @@ import yaml
 
 from jobs.job_file import Key, Tree, read_job_file
 from jobs.loading import fill, overridden
-from jobs.openai_body import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS
+from jobs.openai_body import CHAT, EMBEDDINGS, ENDPOINTS, LIMITS
 from jobs.openai_shared import prompt_of, sampling_of
 from jobs.references import References
 from pipelines.errors import SpecError
@@ -106,6 +106,15 @@ def given_by(extends: str | None, model: str | None, overrides: Sequence[str] | 
     return Given(extends=path, overrides=above, tree=tree)
 
 
+def limits_of(given: Given) -> dict[str, int | None]:
+    """As `openai_body.LIMITS`, by what the user says."""
+    if ("sampling", "max_tokens") not in given.tree.origins:
+        return LIMITS
+    limit = given.section("sampling").get("max_tokens")
+    # What a reference stands for only `load` finds out.
+    return dict.fromkeys(LIMITS, limit if isinstance(limit, int) else None)
+
+
 def _leaves(values: Any, key: Key = ()) -> Iterator[Key]:
     """The keys that have a value; null takes one away."""
     if isinstance(values, dict):
@@ -154,7 +163,7 @@ def job_settings(given: Given, facts: Facts, target: Storage) -> dict[str, Any]:
     else:
         sampling = sampling_of(facts.shared) | facts.common
         if "max_tokens" not in sampling and ("sampling", "max_tokens") not in theirs:
-            sampling["max_tokens"] = 16 if facts.endpoint == COMPLETIONS else None  # OpenAI's defaults
+            sampling["max_tokens"] = LIMITS[facts.endpoint]
         if facts.varying:
             sampling["params_column"] = PARAMS
         asked = (

@@ -8,12 +8,13 @@ Sources: https://platform.openai.com/docs/api-reference/batch/request-input, vLL
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jobs import openai_shared
 from jobs.openai_body import (
     ENDPOINTS,
+    LIMITS,
     SHARED,
     Asked,
     BatchMistakes,
@@ -39,12 +40,12 @@ class Request(NamedTuple):
 
 
 class Lines:
-    """Reads one file; what its lines have in common is known when it is read."""
+    """Reads one file; what its lines have in common is known when it is read. `limits`: as `openai_body.LIMITS`."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, limits: Mapping[str, int | None] = LIMITS) -> None:
         self.source = source
-        self.common: dict[str, Any] = {}
-        """Sampling parameters that all lines give, and all alike. Never a seed: the job's would be no request's own."""
+        self._limits = limits
+        self._common: dict[str, Any] = {}
         self.shared: dict[str, Any] = {}
         """What only the job can have: `Asked.shared` of all lines."""
         # In order, as a set's differs between processes.
@@ -74,9 +75,18 @@ class Lines:
         return named
 
     @property
+    def common(self) -> dict[str, Any]:
+        """Sampling parameters that all lines give, and all alike. Never a seed: the job's would be no request's own."""
+        if "max_tokens" in self._own and "max_tokens" not in self._common:
+            # Nor a least length beside limits of the lines' own: the job's limit may be below it.
+            return {key: value for key, value in self._common.items() if key != "min_tokens"}
+        return self._common
+
+    @property
     def varying(self) -> list[str]:
         """Sampling parameters that are not the same in all lines, in the order in which they came."""
-        return [key for key in self._own if key not in self.common]
+        common = self.common
+        return [key for key in self._own if key not in common]
 
     def requests(self, lines: Iterable[bytes]) -> Iterator[Request]:
         """The requests, in order, until the first mistake; the rest is read all the same.
@@ -125,7 +135,7 @@ class Lines:
         model = body.get("model")
         if model is not None and not isinstance(model, str):
             raise Refused("body.model", f"expected a name, got {shown(model)}")
-        asked = read_body(body, self.endpoint)
+        asked = read_body(body, self.endpoint, self._limits[self.endpoint])
         if isinstance(asked, list):
             for key, text in asked:
                 self._note(line, custom_id, f"body.{key}".rstrip("."), text)
@@ -144,9 +154,9 @@ class Lines:
             self.shared = asked.shared
             for key, text in openai_shared.problems_of(asked.shared, self.endpoint):
                 self._note(line, custom_id, f"body.{key}", text)
-            self.common = {key: value for key, value in asked.own.items() if key != "seed"}
-        elif asked.own != self.common:
-            self.common = {key: value for key, value in self.common.items() if asked.own.get(key) == value}
+            self._common = {key: value for key, value in asked.own.items() if key != "seed"}
+        elif asked.own != self._common:
+            self._common = {key: value for key, value in self._common.items() if asked.own.get(key) == value}
         self._own |= dict.fromkeys(asked.own)
 
     def _alike(self, line: int, custom_id: str, key: str, value: Any) -> bool:

@@ -218,6 +218,38 @@ def test_what_nests_as_deep_as_a_line_may_becomes_a_job(made: Convert) -> None:
     identity(made(bodies(CHAT, asked)).load())
 
 
+def test_a_chats_least_length_is_held_against_no_limit(made: Convert) -> None:
+    sampling = made(bodies(CHAT, {"min_tokens": 600})).load().spec.sampling
+    assert (sampling.min_tokens, sampling.max_tokens) == (600, None)
+
+
+def test_a_least_length_is_a_lines_own_where_limits_are(made: Convert) -> None:
+    lines = bodies(
+        COMPLETIONS,
+        {"min_tokens": 20, "max_tokens": 30},
+        {"min_tokens": 20, "max_completion_tokens": None, "max_tokens": 40},
+    )
+    batch = made(lines)
+    assert batch.load().spec.sampling.max_tokens == 16
+    assert [json.loads(row["sampling_params"]) for row in rows(batch)] == [
+        {"max_tokens": 30, "min_tokens": 20}, {"max_tokens": 40, "min_tokens": 20},
+    ]  # fmt: skip
+
+
+def test_a_least_length_is_held_against_the_job_files_limit(made: Convert, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("sampling: {max_tokens: 9}\n")
+    lines, job = bodies(CHAT, {"min_tokens": 10}), str(tmp_path / "job.yaml")
+    with pytest.raises(BatchMistakes, match=r"body\.min_tokens: 10: above the 9 tokens"):
+        made(lines, extends=job)
+    assert (
+        made(lines, extends=job, overrides=["sampling.max_tokens=20"]).load().spec.sampling.max_tokens == 20
+    )
+    assert (
+        made(lines, extends=job, overrides={"sampling.max_tokens": None}).load().spec.sampling.max_tokens
+        is None
+    )
+
+
 def test_images_stay_where_they_are(made: Convert) -> None:
     parts = [
         {"type": "text", "text": "What is it?"},
@@ -299,6 +331,7 @@ def test_texts_of_the_file_are_no_references(made: Convert) -> None:
         (CHAT, {"max_tokens": 2**31}, "body.max_tokens: 2147483648: Input should be less than or equal to 2147483647"),
         (CHAT, {"top_k": 2**31}, "body.top_k: 2147483648: Input should be less than or equal to 2147483647"),
         (CHAT, {"stop_token_ids": [2**31]}, "body.stop_token_ids: [2147483648]: Input should be less than or equal to 2147483647"),
+        (COMPLETIONS, {"min_tokens": 20}, "body.min_tokens: 20: above the 16 tokens that an answer has where its line gives no max_tokens"),
         (COMPLETIONS, {"prompt": ["a", "b"]}, 'body.prompt: expected one text, got ["a", "b"]; give each text a line'),
         (COMPLETIONS, {"prompt": [1, 2]}, "body.prompt: expected one text, got [1, 2]"),
         (COMPLETIONS, {"prompt": None}, "body.prompt: expected one text, got null"),
@@ -355,6 +388,7 @@ def test_a_line_is_refused(made: Convert, text: Any, says: str) -> None:
         ([line("a", response_format={"type": "json_object"}), line("b")], '2 (custom_id "b"): body.response_format: none, and line 1 has'),
         ([line("a", chat_template_kwargs={"x": False}), line("b", chat_template_kwargs={"x": 0})], '2 (custom_id "b"): body.chat_template_kwargs: {"x": 0}, and line 1 has {"x": false}'),
         ([line("a", guided_json={"const": 1}), line("b", guided_json={"const": 1.0})], '2 (custom_id "b"): body.guided_json: {"const": 1.0}, and line 1 has {"const": 1}'),
+        ([line("a", COMPLETIONS, min_tokens=20, max_tokens=30), line("b", COMPLETIONS, min_tokens=20)], '2 (custom_id "b"): body.min_tokens: 20: above the 16 tokens'),
         ([line("a", EMBEDDINGS, dimensions=4), line("b", EMBEDDINGS, dimensions=5)], '2 (custom_id "b"): body.dimensions: 5, and line 1 has 4'),
     ],
 )  # fmt: skip
