@@ -116,7 +116,7 @@ _WAYS_OUT = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mistake:
+class LineMistake:
     """One thing that is wrong with a batch file."""
 
     line: int | None
@@ -131,7 +131,7 @@ class Mistake:
 class BatchMistakes(SpecError):
     """What is wrong with a batch file, one line each and ten at most; `mistakes` has them as data."""
 
-    def __init__(self, source: str, mistakes: tuple[Mistake, ...], more: int = 0) -> None:
+    def __init__(self, source: str, mistakes: tuple[LineMistake, ...], more: int = 0) -> None:
         lines = []
         for one in mistakes:
             who = "" if one.custom_id is None else f" (custom_id {shown(one.custom_id)})"
@@ -224,11 +224,11 @@ def _sampled(text: str, n: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     try:
         settings = SamplingSettings.model_validate({"max_tokens": None, **own, **more}, strict=True)
     except ValidationError as error:
-        return own, told(error, own)
+        return own, mistakes_by_key(error, own)
     return {key: getattr(settings, key) for key in own}, []
 
 
-def told(error: ValidationError, given: Mapping[str, Any]) -> list[tuple[str, str]]:
+def mistakes_by_key(error: ValidationError, given: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pydantic's mistakes, one for each key."""
     told: dict[str, str] = {}
     for found in error.errors():

@@ -94,7 +94,7 @@ def given_by(extends: str | None, model: str | None, overrides: Sequence[str] | 
         tree = read_job_file(Path(path), lambda text, *_: environment.fill(text)).merged(above)
     problems = [
         f"{tree.where(key, 'job')}: {'.'.join(key)}: the batch file says that; leave it out"
-        for key in _leaves(tree.values)
+        for key in _given_keys(tree.values)
         if (key[0] in _TAKEN and (len(key) == 1 or key[1] not in _TAKEN[key[0]])) or key in _TAKEN_KEYS
     ]
     if ("model", "source") not in tree.origins:
@@ -115,11 +115,11 @@ def limits_of(given: Given) -> dict[str, int | None]:
     return dict.fromkeys(LIMITS, limit if isinstance(limit, int) else None)
 
 
-def _leaves(values: Any, key: Key = ()) -> Iterator[Key]:
+def _given_keys(values: Any, key: Key = ()) -> Iterator[Key]:
     """The keys that have a value; null takes one away."""
     if isinstance(values, dict):
         for name, value in values.items():
-            yield from _leaves(value, (*key, name))
+            yield from _given_keys(value, (*key, name))
     elif values is not None:
         yield key
 

@@ -18,7 +18,7 @@ from jobs.openai_body import (
     SHARED,
     Asked,
     BatchMistakes,
-    Mistake,
+    LineMistake,
     Refused,
     read_body,
 )
@@ -54,7 +54,7 @@ class Lines:
         self._line_of: dict[str, int] = {}
         # What all have to say alike: the line that said it first, and what.
         self._first: dict[str, tuple[int, Any]] = {}
-        self._mistakes: list[Mistake] = []
+        self._mistakes: list[LineMistake] = []
         self._more = 0
 
     @property
@@ -100,7 +100,7 @@ class Lines:
         if self._mistakes:
             raise BatchMistakes(self.source, tuple(self._mistakes), self._more)
         if not self.count:
-            nothing = Mistake(line=None, custom_id=None, key="", text="holds no requests")
+            nothing = LineMistake(line=None, custom_id=None, key="", text="holds no requests")
             raise BatchMistakes(self.source, (nothing,))
 
     def _request(self, line: int, text: bytes) -> Request | None:
@@ -171,7 +171,7 @@ class Lines:
 
     def _note(self, line: int, custom_id: str | None, key: str, text: str) -> None:
         if len(self._mistakes) < _MOST_MISTAKES:
-            self._mistakes.append(Mistake(line=line, custom_id=custom_id, key=printable(key), text=text))
+            self._mistakes.append(LineMistake(line=line, custom_id=custom_id, key=printable(key), text=text))
         else:
             self._more += 1
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from jobs.openai_body import EMBEDDINGS, Refused, told
+from jobs.openai_body import EMBEDDINGS, Refused, mistakes_by_key
 from jobs.openai_json import is_text, read_json, shown
 from pipelines.ask_settings import EmbedStep
 from pipelines.chat_options import CHAT_OPTIONS
@@ -58,7 +58,7 @@ def _check(
     try:
         settings.model_validate({**base, **{key: given[key] for key in keys if key in given}}, strict=True)
     except ValidationError as error:
-        raise Refused(*told(error, given)[0]) from None
+        raise Refused(*mistakes_by_key(error, given)[0]) from None
 
 
 def sampling_of(shared: Mapping[str, Any]) -> dict[str, Any]:
