@@ -25,8 +25,7 @@ from jobs.batch_store import BatchStore
 from jobs.books import fold
 from jobs.inspect import opened
 from jobs.openai_batch import JOB, Batch, convert
-from jobs.openai_body import BatchMistakes
-from jobs.openai_body import Mistake as LineMistake
+from jobs.openai_body import BatchMistakes, LineMistake
 from jobs.openai_job import OUT, REQUESTS, as_yaml
 from jobs.openai_results import Unanswered, write_results
 from jobs.served_models import ServedModel

@@ -215,7 +215,11 @@ def _bounds(rules: list[Any]) -> str:
         for name in ("gt", "ge", "lt", "le")
         if hasattr(rule, name)
     }
-    bounds = {name: f"{value:g}" for name, value in found.items() if value is not None}
+    bounds = {
+        name: f"{value:g}" if isinstance(value, float) else str(value)
+        for name, value in found.items()
+        if value is not None
+    }
     if "ge" in bounds and "le" in bounds:
         return f" from {bounds['ge']} to {bounds['le']}"
     words = {"gt": "above", "ge": "of at least", "lt": "below", "le": "at most"}

@@ -25,7 +25,17 @@ import pyarrow.parquet as pq
 
 from jobs.loading import LoadedJob, load
 from jobs.openai_body import ENDPOINTS
-from jobs.openai_job import OUT, PARAMS, REQUESTS, Facts, as_yaml, check_against_lines, given_by, job_settings
+from jobs.openai_job import (
+    OUT,
+    PARAMS,
+    REQUESTS,
+    Facts,
+    as_yaml,
+    check_against_lines,
+    given_by,
+    job_settings,
+    limits_of,
+)
 from jobs.openai_lines import Lines, Request
 from pipelines.errors import InputError, SpecError
 from pipelines.storage import Storage, locate
@@ -83,7 +93,7 @@ def convert(
     place, name = locate(source, options)
     facts = _stored(target)
     if facts is None:
-        facts = _converted(place, name, target)
+        facts = _converted(place, name, target, limits_of(given))
     elif _digest(place, name) != facts.sha256:
         raise SpecError(
             f"{target.url()} holds the requests of {facts.source} as it was, and {place.url(name)} has other content: "
@@ -140,9 +150,9 @@ def _digest(place: Storage, name: str) -> str:
     return source.sha256
 
 
-def _converted(place: Storage, name: str, target: Storage) -> Facts:
+def _converted(place: Storage, name: str, target: Storage, limits: Mapping[str, int | None]) -> Facts:
     """Read and check the file, and write what is made of it: the facts last, so that they say that all is there."""
-    source, lines = _Source(place, name), Lines(place.url(name))
+    source, lines = _Source(place, name), Lines(place.url(name), limits)
     with tempfile.TemporaryDirectory(prefix="dray-batch-") as folder:
         # Which parameters all lines share is known at the end; so the rows wait for it on the disk.
         raw = os.path.join(folder, REQUESTS)

@@ -18,12 +18,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from jobs.openai_json import are_equal, is_text, read_json, shown
 from pipelines.errors import SpecError
 from pipelines.settings import ROW_PARAMS, SamplingSettings
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 #: Endpoint → what its bodies call the prompt; the column of the job's input has the same name.
 ENDPOINTS = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}
+
+#: Most tokens of an answer whose line gives no limit, unless the job file gives one: OpenAI's.
+LIMITS: dict[str, int | None] = {CHAT: None, COMPLETIONS: 16, EMBEDDINGS: None}
 
 _GENERATED = (
     "n",
@@ -109,15 +113,14 @@ _WAYS_OUT = {
     "audio": "answers are text",
     "parallel_tool_calls": "an answer holds the calls that the model makes",
 }
-_SHOWN = 80
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mistake:
+class LineMistake:
     """One thing that is wrong with a batch file."""
 
-    line: int
-    """From 1."""
+    line: int | None
+    """From 1; None where it is about the file as a whole."""
     custom_id: str | None
     key: str
     """`body.temperature`, `custom_id`; empty where it is about the line as a whole."""
@@ -128,12 +131,13 @@ class Mistake:
 class BatchMistakes(SpecError):
     """What is wrong with a batch file, one line each and ten at most; `mistakes` has them as data."""
 
-    def __init__(self, source: str, mistakes: tuple[Mistake, ...], more: int = 0) -> None:
+    def __init__(self, source: str, mistakes: tuple[LineMistake, ...], more: int = 0) -> None:
         lines = []
         for one in mistakes:
             who = "" if one.custom_id is None else f" (custom_id {shown(one.custom_id)})"
             about = f" {one.key}:" if one.key else ""
-            lines.append(f"{source}:{one.line}{who}:{about} {one.text}")
+            place = source if one.line is None else f"{source}:{one.line}"
+            lines.append(f"{place}{who}:{about} {one.text}")
         super().__init__("\n".join(lines + ([f"… and {more} more"] if more else [])))
         self.mistakes = mistakes
 
@@ -154,10 +158,11 @@ class Refused(Exception):
     """`args`: key of the body, what is wrong."""
 
 
-def read_body(body: Mapping[str, Any], endpoint: str) -> Asked | list[tuple[str, str]]:
+def read_body(body: Mapping[str, Any], endpoint: str, limit: int | None) -> Asked | list[tuple[str, str]]:
     """What a body asks, or what is wrong with it: (key of the body, what was given and the way out).
 
-    What is `shared` is looked at by `openai_shared.problems_of`, once for all lines. A null is a key that is not given.
+    `limit`: the most tokens of an answer where the body says none; None: as many as there is room for, or not known. What is
+    `shared` is looked at by `openai_shared.problems_of`, once for all lines. A null is a key that is not given.
     """
     given = {key: value for key, value in body.items() if value is not None}
     neutral, name = NEUTRAL[endpoint], ENDPOINTS[endpoint]
@@ -172,7 +177,7 @@ def read_body(body: Mapping[str, Any], endpoint: str) -> Asked | list[tuple[str,
         elif endpoint != EMBEDDINGS and key in ROW_PARAMS:
             own[key] = value
         elif endpoint == CHAT and key == "max_completion_tokens":
-            if given.get("max_tokens", value) != value:
+            if not are_equal(given.get("max_tokens", value), value):
                 problems.append(
                     (key, f"{shown(value)}, and max_tokens is {shown(given['max_tokens'])}: give one")
                 )
@@ -189,17 +194,14 @@ def read_body(body: Mapping[str, Any], endpoint: str) -> Asked | list[tuple[str,
     if own:
         own, wrong = _sampled(json.dumps(own, sort_keys=True), json.dumps(shared.get("n", 1)))
         problems += wrong
+        if not wrong and limit is not None and "max_tokens" not in own and own.get("min_tokens", 0) > limit:
+            why = f"above the {limit} tokens that an answer has where its line gives no max_tokens; give one"
+            problems.append(("min_tokens", f"{own['min_tokens']}: {why}"))
     if seed is not None:
         if not isinstance(seed, int) or isinstance(seed, bool):
             problems.append(("seed", f"{shown(seed)}: expected a whole number"))
         own = {**own, "seed": seed}
     return problems or Asked(prompt=prompt, own=own, shared=shared)
-
-
-def shown(value: Any) -> str:
-    """A value of the file as messages show it, cut to a line's length."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -220,13 +222,13 @@ def _sampled(text: str, n: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     own = {key: value for key, value in own.items() if value != []}
     more = {"n": samples} if isinstance(samples, int) else {}
     try:
-        settings = SamplingSettings.model_validate({**own, **more}, strict=True)
+        settings = SamplingSettings.model_validate({"max_tokens": None, **own, **more}, strict=True)
     except ValidationError as error:
-        return own, told(error, own)
+        return own, mistakes_by_key(error, own)
     return {key: getattr(settings, key) for key in own}, []
 
 
-def told(error: ValidationError, given: Mapping[str, Any]) -> list[tuple[str, str]]:
+def mistakes_by_key(error: ValidationError, given: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pydantic's mistakes, one for each key."""
     told: dict[str, str] = {}
     for found in error.errors():
@@ -242,7 +244,9 @@ def told(error: ValidationError, given: Mapping[str, Any]) -> list[tuple[str, st
 def _messages(messages: Any) -> str:
     if not isinstance(messages, list) or not messages:
         raise Refused("messages", f"expected a list of messages, got {shown(messages)}")
-    return _json([_message(place, message) for place, message in enumerate(messages)], "messages")
+    return json.dumps(
+        [_message(place, message) for place, message in enumerate(messages)], ensure_ascii=False
+    )
 
 
 def _message(place: int, message: Any) -> dict[str, Any]:
@@ -264,15 +268,18 @@ def _message(place: int, message: Any) -> dict[str, Any]:
 
 
 def _call(call: Any) -> Any:
-    """A call's arguments as an object, which chat templates expect; vLLM's server does the same. What is no JSON stays."""
+    """A call's arguments as an object, which chat templates expect; vLLM's server does the same. What is no JSON, or no such
+    JSON as a line may have, stays."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"] or "{}")
+        arguments = read_json(function["arguments"] or "{}")
     except ValueError:
         return call
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+    if not isinstance(arguments, dict) or not is_text(arguments):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _text(name: str, value: Any) -> str:
@@ -280,17 +287,7 @@ def _text(name: str, value: Any) -> str:
         value = value[0]
     if not isinstance(value, str):
         raise Refused(name, f"expected one text, got {shown(value)}; give each text a line of its own")
-    _json(value, name)
     return value
-
-
-def _json(value: Any, name: str) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Refused(name, "holds half of a surrogate pair (\\ud800 to \\udfff), which is no text") from None
-    return text
 
 
 _PROMPTS: dict[str, Callable[[Any], str]] = {

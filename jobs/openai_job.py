@@ -13,7 +13,7 @@ import yaml
 
 from jobs.job_file import Key, Tree, read_job_file
 from jobs.loading import fill, overridden
-from jobs.openai_body import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS
+from jobs.openai_body import CHAT, EMBEDDINGS, ENDPOINTS, LIMITS
 from jobs.openai_shared import prompt_of, sampling_of
 from jobs.references import References
 from pipelines.errors import SpecError
@@ -94,7 +94,7 @@ def given_by(extends: str | None, model: str | None, overrides: Sequence[str] | 
         tree = read_job_file(Path(path), lambda text, *_: environment.fill(text)).merged(above)
     problems = [
         f"{tree.where(key, 'job')}: {'.'.join(key)}: the batch file says that; leave it out"
-        for key in _leaves(tree.values)
+        for key in _given_keys(tree.values)
         if (key[0] in _TAKEN and (len(key) == 1 or key[1] not in _TAKEN[key[0]])) or key in _TAKEN_KEYS
     ]
     if ("model", "source") not in tree.origins:
@@ -106,11 +106,20 @@ def given_by(extends: str | None, model: str | None, overrides: Sequence[str] | 
     return Given(extends=path, overrides=above, tree=tree)
 
 
-def _leaves(values: Any, key: Key = ()) -> Iterator[Key]:
+def limits_of(given: Given) -> dict[str, int | None]:
+    """As `openai_body.LIMITS`, by what the user says."""
+    if ("sampling", "max_tokens") not in given.tree.origins:
+        return LIMITS
+    limit = given.section("sampling").get("max_tokens")
+    # What a reference stands for only `load` finds out.
+    return dict.fromkeys(LIMITS, limit if isinstance(limit, int) else None)
+
+
+def _given_keys(values: Any, key: Key = ()) -> Iterator[Key]:
     """The keys that have a value; null takes one away."""
     if isinstance(values, dict):
         for name, value in values.items():
-            yield from _leaves(value, (*key, name))
+            yield from _given_keys(value, (*key, name))
     elif values is not None:
         yield key
 
@@ -154,7 +163,7 @@ def job_settings(given: Given, facts: Facts, target: Storage) -> dict[str, Any]:
     else:
         sampling = sampling_of(facts.shared) | facts.common
         if "max_tokens" not in sampling and ("sampling", "max_tokens") not in theirs:
-            sampling["max_tokens"] = 16 if facts.endpoint == COMPLETIONS else None  # OpenAI's defaults
+            sampling["max_tokens"] = LIMITS[facts.endpoint]
         if facts.varying:
             sampling["params_column"] = PARAMS
         asked = (

@@ -7,25 +7,27 @@ Sources: https://platform.openai.com/docs/api-reference/batch/request-input, vLL
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jobs import openai_shared
 from jobs.openai_body import (
     ENDPOINTS,
+    LIMITS,
     SHARED,
     Asked,
     BatchMistakes,
-    Mistake,
+    LineMistake,
     Refused,
     read_body,
-    shown,
 )
-from pipelines.errors import InputError
+from jobs.openai_json import SURROGATE, TooDeep, are_equal, is_text, printable, read_json, shown
 
 _MOST_MISTAKES = 10
 _KEYS = ("custom_id", "method", "url", "body")
+#: How half of a surrogate pair comes into a value: a line's bytes are UTF-8.
+_ESCAPED = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Request(NamedTuple):
@@ -38,12 +40,12 @@ class Request(NamedTuple):
 
 
 class Lines:
-    """Reads one file; what its lines have in common is known when it is read."""
+    """Reads one file; what its lines have in common is known when it is read. `limits`: as `openai_body.LIMITS`."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, limits: Mapping[str, int | None] = LIMITS) -> None:
         self.source = source
-        self.common: dict[str, Any] = {}
-        """Sampling parameters that all lines give, and all alike. Never a seed: the job's would be no request's own."""
+        self._limits = limits
+        self._common: dict[str, Any] = {}
         self.shared: dict[str, Any] = {}
         """What only the job can have: `Asked.shared` of all lines."""
         # In order, as a set's differs between processes.
@@ -52,7 +54,7 @@ class Lines:
         self._line_of: dict[str, int] = {}
         # What all have to say alike: the line that said it first, and what.
         self._first: dict[str, tuple[int, Any]] = {}
-        self._mistakes: list[Mistake] = []
+        self._mistakes: list[LineMistake] = []
         self._more = 0
 
     @property
@@ -73,14 +75,23 @@ class Lines:
         return named
 
     @property
+    def common(self) -> dict[str, Any]:
+        """Sampling parameters that all lines give, and all alike. Never a seed: the job's would be no request's own."""
+        if "max_tokens" in self._own and "max_tokens" not in self._common:
+            # Nor a least length beside limits of the lines' own: the job's limit may be below it.
+            return {key: value for key, value in self._common.items() if key != "min_tokens"}
+        return self._common
+
+    @property
     def varying(self) -> list[str]:
         """Sampling parameters that are not the same in all lines, in the order in which they came."""
-        return [key for key in self._own if key not in self.common]
+        common = self.common
+        return [key for key in self._own if key not in common]
 
     def requests(self, lines: Iterable[bytes]) -> Iterator[Request]:
         """The requests, in order, until the first mistake; the rest is read all the same.
 
-        Raises BatchMistakes at the end, InputError for a file without requests.
+        Raises BatchMistakes at the end, also for a file without requests.
         """
         for number, line in enumerate(lines, 1):
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -89,7 +100,8 @@ class Lines:
         if self._mistakes:
             raise BatchMistakes(self.source, tuple(self._mistakes), self._more)
         if not self.count:
-            raise InputError(f"{self.source}: holds no requests")
+            nothing = LineMistake(line=None, custom_id=None, key="", text="holds no requests")
+            raise BatchMistakes(self.source, (nothing,))
 
     def _request(self, line: int, text: bytes) -> Request | None:
         custom_id = None
@@ -99,6 +111,8 @@ class Lines:
             first = self._line_of.setdefault(custom_id, line)
             if first != line:
                 raise Refused("custom_id", f"line {first} has it already; each line needs its own")
+            if _ESCAPED.search(text) and (key := _key_of_no_text(value)) is not None:
+                raise Refused(key, SURROGATE)
             asked = self._asked(line, custom_id, value)
         except Refused as refused:
             self._note(line, custom_id, *refused.args)
@@ -121,7 +135,7 @@ class Lines:
         model = body.get("model")
         if model is not None and not isinstance(model, str):
             raise Refused("body.model", f"expected a name, got {shown(model)}")
-        asked = read_body(body, self.endpoint)
+        asked = read_body(body, self.endpoint, self._limits[self.endpoint])
         if isinstance(asked, list):
             for key, text in asked:
                 self._note(line, custom_id, f"body.{key}".rstrip("."), text)
@@ -133,22 +147,22 @@ class Lines:
         """With the lines before."""
         is_first = "body.model" not in self._first
         self._alike(line, custom_id, "body.model", model)
-        if is_first or asked.shared != self.shared:
+        if is_first or not are_equal(asked.shared, self.shared):
             for key in SHARED[self.endpoint]:
                 self._alike(line, custom_id, f"body.{key}", asked.shared.get(key))
         if is_first:
             self.shared = asked.shared
             for key, text in openai_shared.problems_of(asked.shared, self.endpoint):
                 self._note(line, custom_id, f"body.{key}", text)
-            self.common = {key: value for key, value in asked.own.items() if key != "seed"}
-        elif asked.own != self.common:
-            self.common = {key: value for key, value in self.common.items() if asked.own.get(key) == value}
+            self._common = {key: value for key, value in asked.own.items() if key != "seed"}
+        elif asked.own != self._common:
+            self._common = {key: value for key, value in self._common.items() if asked.own.get(key) == value}
         self._own |= dict.fromkeys(asked.own)
 
     def _alike(self, line: int, custom_id: str, key: str, value: Any) -> bool:
         """Whether the first line said the same."""
         first, said = self._first.setdefault(key, (line, value))
-        if said == value and isinstance(said, bool) == isinstance(value, bool):
+        if are_equal(said, value):
             return True
         a, b = ("none" if one is None else shown(one) for one in (said, value))
         why = "a file has one" if key in ("url", "body.model") else "it is the same for a whole job"
@@ -157,15 +171,17 @@ class Lines:
 
     def _note(self, line: int, custom_id: str | None, key: str, text: str) -> None:
         if len(self._mistakes) < _MOST_MISTAKES:
-            self._mistakes.append(Mistake(line=line, custom_id=custom_id, key=key, text=text))
+            self._mistakes.append(LineMistake(line=line, custom_id=custom_id, key=printable(key), text=text))
         else:
             self._more += 1
 
 
 def _object(text: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(text.decode(), parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
+        value = read_json(text.decode())
+    except TooDeep as error:
+        raise Refused("", f"{error}: {_start(text)}") from None
+    except ValueError as error:
         raise Refused("", f"no JSON in UTF-8 ({error}): {_start(text)}") from None
     if not isinstance(value, dict):
         raise Refused("", f"expected an object with {', '.join(_KEYS)}; got {shown(value)}")
@@ -174,7 +190,7 @@ def _object(text: bytes) -> dict[str, Any]:
 
 def _custom_id(value: dict[str, Any]) -> str:
     custom_id = value.get("custom_id")
-    if not isinstance(custom_id, str) or not custom_id or not _is_text(custom_id):
+    if not isinstance(custom_id, str) or not custom_id or not is_text(custom_id):
         raise Refused("custom_id", f"expected text that no other line has, got {shown(custom_id)}")
     return custom_id
 
@@ -183,10 +199,13 @@ def _start(text: bytes) -> str:
     return shown(text[:80].decode("utf-8", "replace").rstrip())
 
 
-def _is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: JSON may escape half of a surrogate pair."""
-    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+def _key_of_no_text(value: dict[str, Any]) -> str | None:
+    """The first key that holds, or is, what cannot be written as UTF-8."""
+    for key, item in value.items():
+        inside = item if key == "body" and isinstance(item, dict) else {}
+        for name, one in inside.items():
+            if not is_text({name: one}):
+                return f"body.{name}"
+        if not inside and not is_text({key: item}):
+            return key
+    return None

@@ -28,6 +28,7 @@ from jobs.loading import load
 from jobs.openai_body import CHAT, EMBEDDINGS, ENDPOINTS
 from jobs.openai_job import VECTOR
 from jobs.output import read_spec
+from jobs.planning import load_plan
 from pipelines.errors import OutputError
 from pipelines.part import Part, raise_if_damaged
 from pipelines.storage import Storage, locate
@@ -135,8 +136,8 @@ def _line(value: Mapping[str, Any]) -> bytes:
 
 def _parts(storage: Storage, *, partial: bool) -> Sequence[Part]:
     """What is committed, which is everything unless `partial`. Raises OutputError."""
-    if partial and not read_spec(storage):
-        return ()
+    if partial and (not read_spec(storage) or load_plan(storage) is None):
+        return ()  # its run ended before anything was asked
     books = fold(storage, opened(storage)[1])
     if not partial and not (storage.exists(SUCCESS) and books.complete):
         raise OutputError(

@@ -6,14 +6,15 @@ tools, tool_choice, chat_template_kwargs, reasoning_effort ─► `prompt_of`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
-from jobs.openai_body import EMBEDDINGS, Refused, shown, told
+from jobs.openai_body import EMBEDDINGS, Refused, mistakes_by_key
+from jobs.openai_json import is_text, read_json, shown
 from pipelines.ask_settings import EmbedStep
+from pipelines.chat_options import CHAT_OPTIONS
 from pipelines.output_schema import schema_problem
 from pipelines.settings import PromptSettings, SamplingSettings, Settings
 
@@ -40,6 +41,11 @@ def problems_of(shared: Mapping[str, Any], endpoint: str) -> list[tuple[str, str
             raise Refused(
                 "chat_template_kwargs", f"expected an object, got {shown(shared['chat_template_kwargs'])}"
             )
+        for name in sorted(CHAT_OPTIONS & prompt.get("chat_template_kwargs", {}).keys()):
+            raise Refused(
+                f"chat_template_kwargs.{name}",
+                "no variable of the model's chat template, but says how that is applied; take it out of the line",
+            )
         _check(PromptSettings, {"messages_column": "x"}, prompt, ("tools",))
     except Refused as refused:
         return [refused.args]
@@ -52,7 +58,7 @@ def _check(
     try:
         settings.model_validate({**base, **{key: given[key] for key in keys if key in given}}, strict=True)
     except ValidationError as error:
-        raise Refused(*told(error, given)[0]) from None
+        raise Refused(*mistakes_by_key(error, given)[0]) from None
 
 
 def sampling_of(shared: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,10 +110,10 @@ def _constraint(kind: str, value: Any, key: str) -> dict[str, Any]:
     if kind != "json":
         return {"structured_outputs": {kind: value}}
     try:
-        schema = json.loads(value) if isinstance(value, str) else value
+        schema = read_json(value) if isinstance(value, str) else value
     except ValueError:
         schema = None
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict) or not is_text(schema):
         raise Refused(key, f"expected a JSON Schema, got {shown(value)}")
     return {"output_schema": schema}
 

@@ -27,7 +27,7 @@ from pipelines.generation_table import generation_table
 from pipelines.histogram import Histogram
 from pipelines.images import Image, images_of, without_data
 from pipelines.lengths import HELD, Lengths, Rows
-from pipelines.row_settings import RowSettings
+from pipelines.row_settings import RowSettings, limit_again
 from pipelines.seeds import row_seed
 from pipelines.settings import ModelSettings, PoolSettings, SamplingSettings
 from pipelines.shard_stats import START_PARTS, Turn
@@ -279,7 +279,7 @@ class Answering:
             # The engine adds the sample's index to a seed.
             seed = (seed or 0) + number * sampling.n
             own = self.started.settings.again(self._params[row], cut)
-            longest = longest and longest * (2 if cut else 1)
+            longest = longest and limit_again(longest, cut)
         token_ids = self._token_ids[self._ends[row] : self._ends[row + 1]]
         request, task = f"{self._work.run_id}-{next(self._numbers)}", self._work.task
         seen: dict[str, list[Image]] = {"images": images_of(self._images[row])} if row in self._images else {}

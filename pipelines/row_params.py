@@ -18,12 +18,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pipelines.arrow_types import is_text_or_null
 from pipelines.contracts import PARAMS_TYPE
 from pipelines.errors import RowError
-from pipelines.settings import ROW_PARAMS, SamplingSettings
+from pipelines.settings import MOST_TOKENS, ROW_PARAMS, SamplingSettings
 
 #: Distinct sets of parameters that are remembered, and texts of them.
 MOST_KNOWN = 1024
-#: vLLM holds numbers of tokens in 32 bits, and a seed in 64, to which it adds a sample's index, as other tries add to it.
-_MOST = 2**31 - 1
+#: vLLM holds a seed in 64 bits; it adds a sample's index to it, as other tries add to it.
 _MOST_SEED = 2**63 - 2**20
 _SEED = TypeAdapter(Annotated[int, Field(ge=0, le=_MOST_SEED)])
 #: Characters of what was given that an error shows.
@@ -74,11 +73,12 @@ class RowParams:
 
     def _limit(self, value: int) -> Own | RowError:
         least = max(1, self._sampling.min_tokens)
-        if least <= value <= _MOST:
+        if least <= value <= MOST_TOKENS:
             return Own(value)
         name = self._sampling.max_tokens_column
         return RowError(
-            "invalid_request", f"max_tokens_column {name!r} is {value}; it must be from {least} to {_MOST}"
+            "invalid_request",
+            f"max_tokens_column {name!r} is {value}; it must be from {least} to {MOST_TOKENS}",
         )
 
     def _of_json(self, text: str) -> Own | RowError:
@@ -124,9 +124,6 @@ class RowParams:
         differing = {}
         for key in sorted(given):
             value = getattr(settings, key)
-            numbers = value if isinstance(value, list) else [value]
-            if any(isinstance(number, int) and number > _MOST for number in numbers):
-                return self._error(f"{key} is {_shown(given[key])}; it must be at most {_MOST}")
             if value != getattr(self._sampling, key):
                 differing[key] = value
         limit = differing.pop("max_tokens", None)

@@ -6,12 +6,17 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from pipelines.settings import SamplingSettings
+from pipelines.settings import MOST_TOKENS, SamplingSettings
 
 #: Least temperature of another try: greedy decoding would only repeat itself.
 REPAIR_TEMPERATURE = 0.5
 #: Distinct settings that are remembered, with what engines make of each.
 MOST_SETTINGS = 1024
+
+
+def limit_again(max_tokens: int, cut: bool) -> int:
+    """The limit of another try, behind one that was `cut` off at this one or not."""
+    return min(2 * max_tokens, MOST_TOKENS) if cut else max_tokens
 
 
 class RowSettings:
@@ -40,6 +45,6 @@ class RowSettings:
         return own.model_copy(
             update={
                 "temperature": max(own.temperature, REPAIR_TEMPERATURE),
-                "max_tokens": own.max_tokens and own.max_tokens * (2 if cut else 1),
+                "max_tokens": own.max_tokens and limit_again(own.max_tokens, cut),
             }
         )

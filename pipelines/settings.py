@@ -21,6 +21,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pipelines.chat_options import NO_PROMPTS
+
 
 def _distinct(names: list[str]) -> list[str]:
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -29,6 +31,8 @@ def _distinct(names: list[str]) -> list[str]:
     return names
 
 
+#: vLLM holds numbers and ids of tokens in 32 bits: a larger one ends its engine process.
+MOST_TOKENS = 2**31 - 1
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 Text = Annotated[str, Field(min_length=1)]
 #: `package.module:name` of something in a package of the user's own.
@@ -101,7 +105,7 @@ class PromptSettings(Settings):
     chat: bool | None = None
     """Apply the model's chat template; default: whenever the model has one."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Extra variables for the model's chat template, for example `enable_thinking`."""
+    """Extra variables for the model's chat template, for example `enable_thinking`; `chat_template` is another template."""
     tools: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
     """Functions that the model may call, as OpenAI's API takes them; the chat template writes them into the prompt."""
 
@@ -131,6 +135,10 @@ class PromptSettings(Settings):
             raise ValueError("system, messages_column and tools need the chat template; remove `chat: false`")
         if self.tools and "tools" in self.chat_template_kwargs:
             raise ValueError("give tools or chat_template_kwargs.tools, not both")
+        for name in sorted(NO_PROMPTS & self.chat_template_kwargs.keys()):
+            raise ValueError(
+                f"chat_template_kwargs.{name} is no variable of chat templates: it says how they are applied; leave it out"
+            )
         return self
 
 
@@ -226,18 +234,18 @@ class SamplingSettings(Settings):
     """0: greedy."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Sample among the most likely tokens that together reach this probability."""
-    top_k: Annotated[int, Field(ge=-1)] = 0
+    top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] = 0
     """Sample among this many most likely tokens; 0 (or -1): all of them."""
     min_p: Rate = 0.0
     """Leave out tokens less likely than this share of the most likely one."""
-    max_tokens: PositiveInt | None = 512
+    max_tokens: Annotated[int, Field(gt=0, le=MOST_TOKENS)] | None = 512
     """null: as far as `max_model_len` allows."""
     max_tokens_column: Text | None = None
     """A column of whole numbers: each row's own `max_tokens`; where it is null, the job's."""
     params_column: Text | None = None
     """A column of each row's own sampling parameters, a struct or the JSON text of an object; what is absent or null there is
     the job's. Its keys are those of `ROW_PARAMS`; a row's own `seed` is the engine's, not hashed with the row's id."""
-    min_tokens: Annotated[int, Field(ge=0)] = 0
+    min_tokens: Annotated[int, Field(ge=0, le=2**30)] = 0  # vLLM adds the prompt's tokens
     """No stopping before this many tokens."""
     n: PositiveInt = 1
     """Answers per row: one output row each, told apart by `sample_index`."""
@@ -245,7 +253,7 @@ class SamplingSettings(Settings):
     """The job's seed; each row gets hash(seed, row_id). Opt-in: seeded sampling is slower."""
     stop: Text | list[Text] | None = None
     """Strings that end an answer."""
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=MOST_TOKENS)]] | None = None
     """Tokens that end an answer, besides the model's own."""
     include_stop_str_in_output: bool = False
     """Keep the stop string at the end of the text."""

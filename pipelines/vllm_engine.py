@@ -40,6 +40,7 @@ from pipelines.task import GENERATE, Task
 from pipelines.vllm_defaults import cpu_defaults, gpu_defaults, set_quiet_environment
 from pipelines.vllm_images import ImageRenderer, added_tokens
 from pipelines.vllm_requests import (
+    check_requests,
     constraining_parser,
     generated,
     one_line,
@@ -364,8 +365,9 @@ class VLLMEngine:
             defaults = gpu_defaults(model, self._sampling, self._pool, gpu_bytes, self._others)
         # Before the model loads: a mistake here should not cost minutes.
         self._params = self._sampling_params(self._sampling)
-        for sampling in self._others:
-            self._sampling_params(sampling)
+        every = [self._params, *map(self._sampling_params, self._others)]
+        for params in every:
+            check_requests(params, None)
         known = known_engine_args()  # a vLLM without an argument of ours goes without it
         values = {name: value for name, value in defaults.items() if known is None or name in known}
         values |= model.engine
@@ -400,6 +402,13 @@ class VLLMEngine:
                 usage_context=UsageContext.LLM_CLASS,
                 stat_loggers=[_step_watch(self._note_tokens, self._cache_use)],
             )
+        try:
+            for params in every:
+                check_requests(params, self._llm.tokenizer)
+        except EngineStartError:
+            last_reference, self._llm = [self._llm], None
+            _shut_down(last_reference)
+            raise
         told = vllm_log.told_since(starts, starts_offset)
         self._start_parts = _start_parts(told, self._llm.vllm_config, own_import_s, constructed_at)
         self._family = psutil.Process().children(recursive=True)

@@ -60,27 +60,37 @@ def row_params(
     make: Callable[[SamplingSettings], Any],
     tokenizer: Any,
 ) -> Any:
-    """What `make` makes of `sampling`, which rows' own parameters are in, fit for requests. Raises RowError.
-
-    What vLLM would find wrong in its engine process only, which ends of it, is looked for here.
-    """
+    """What `make` makes of `sampling`, which rows' own parameters are in, fit for requests. Raises RowError."""
     try:
         params = make(sampling)
         if sampling.include_stop_str_in_output != job.include_stop_str_in_output:
             params.detokenize = True  # `pipelines.detokenize` goes by the job's
-        count = len(params.stop_token_ids)
-        if params.min_tokens and count > MOST_STOP_IDS:
-            raise ValueError(f"{count} stop_token_ids; with min_tokens there may be {MOST_STOP_IDS}")
-        if params.bad_words and tokenizer is not None:
-            tried = params.clone()
-            tried.update_from_tokenizer(tokenizer)
-            count = sum(map(len, tried.bad_words_token_ids))
-            if count > MOST_BAD_TOKENS:
-                raise ValueError(f"bad_words of {count} tokens; they may have {MOST_BAD_TOKENS}")
+        _check_bounds(params, tokenizer)
     except Exception as error:  # the job's own have passed: these are the row's
         text = f"params_column {sampling.params_column!r}: {one_line(error)}"
         raise RowError("invalid_request", text) from error
     return params
+
+
+def check_requests(params: Any, tokenizer: Any) -> None:
+    """Raise EngineStartError for vLLM's parameters of a job whose requests would end its engine process."""
+    try:
+        _check_bounds(params, tokenizer)
+    except Exception as error:  # as of `sampling_params`
+        raise EngineStartError(f"sampling: {one_line(error)}") from error
+
+
+def _check_bounds(params: Any, tokenizer: Any) -> None:
+    """What vLLM would find wrong in its engine process only, which ends of it. Raises."""
+    count = len(params.stop_token_ids)
+    if params.min_tokens and count > MOST_STOP_IDS:
+        raise ValueError(f"{count} stop_token_ids; with min_tokens there may be {MOST_STOP_IDS}")
+    if params.bad_words and tokenizer is not None:
+        tried = params.clone()
+        tried.update_from_tokenizer(tokenizer)
+        count = sum(map(len, tried.bad_words_token_ids))
+        if count > MOST_BAD_TOKENS:
+            raise ValueError(f"bad_words of {count} tokens; they may have {MOST_BAD_TOKENS}")
 
 
 def scoring_params() -> Any:

@@ -11,7 +11,7 @@ import pytest
 from pipelines.errors import EngineStartError
 from pipelines.scopes import SCOPES, listed, scope_of
 from pipelines.settings import SamplingSettings
-from pipelines.vllm_requests import sampling_params
+from pipelines.vllm_requests import check_requests, sampling_params
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -81,6 +81,30 @@ def test_of_a_job_they_are_the_jobs() -> None:
     with pytest.raises(EngineStartError, match="sampling: temperature") as caught:
         sampling_params(SamplingSettings(temperature=99.0))
     assert scope_of(caught.value) == "job"
+
+
+def test_what_would_end_the_engine_is_refused_of_a_job_as_of_a_row() -> None:
+    class Letters:
+        """A token for each letter."""
+
+        max_token_id = 200
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return list(text.encode())
+
+    many = SamplingSettings(stop_token_ids=list(range(101)), min_tokens=1)
+    with pytest.raises(
+        EngineStartError, match="sampling: 101 stop_token_ids; with min_tokens there may be 100"
+    ):
+        check_requests(sampling_params(many), Letters())
+    long = SamplingSettings(bad_words=["ab" * 600])
+    with pytest.raises(
+        EngineStartError, match=r"sampling: bad_words of .* tokens; they may have 1024"
+    ) as caught:
+        check_requests(sampling_params(long), Letters())
+    assert scope_of(caught.value) == "job"
+    fine = SamplingSettings(stop_token_ids=list(range(101)), bad_words=["ab" * 200])
+    check_requests(sampling_params(fine), Letters())
 
 
 def test_out_of_memory_on_a_device_and_on_the_host() -> None:

@@ -425,6 +425,7 @@ def test_texts_equal_vllms_incremental_detokenizer(task: Task) -> None:
         ({"dtype": "float99"}, {}, "dtype"),
         ({"max_modl_len": 1}, {}, "did you mean max_model_len"),
         ({}, {"temperature": 9.0}, "temperature must be in"),
+        ({}, {"bad_words": ["zq#" * 2000]}, "they may have 1024"),
         (
             {"kv_cache_memory_bytes": 100_000},
             {},

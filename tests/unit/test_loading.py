@@ -379,7 +379,7 @@ def test_a_mistake_in_an_inherited_file_names_that_file() -> None:
     lines = mistakes("extends: base.yaml\nsampling:\n  top_k: y\n").splitlines()
     assert lines == [
         "base.yaml:4: sampling.top_p: expected a number above 0 and at most 1, got 3",
-        "job.yaml:9: sampling.top_k: expected a whole number of at least -1, got 'y'",
+        "job.yaml:9: sampling.top_k: expected a whole number from -1 to 2147483647, got 'y'",
     ]
 
 

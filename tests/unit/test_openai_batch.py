@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from jobs.fingerprint import identity
 from jobs.openai_batch import Batch, convert
 from jobs.openai_body import CHAT, COMPLETIONS, EMBEDDINGS, IGNORED, BatchMistakes
 from pipelines.errors import InputError, SpecError
@@ -195,6 +196,60 @@ def test_reasoning_effort_goes_to_the_template_as_vllms_server_gives_it(made: Co
     assert asked == {"enable_thinking": True, "x": 1, "reasoning_effort": "low"}
 
 
+def test_arguments_that_are_no_json_of_ours_stay_text(made: Convert) -> None:
+    odd = ["[" * 100_000, '{"a": ' + "[" * 70 + "]" * 70 + "}", '{"a": NaN}', '{"a": "\\ud800"}']
+    calls = [{"function": {"name": "x", "arguments": text}} for text in odd]
+    batch = made(bodies(CHAT, {"messages": [*HELLO, {"role": "assistant", "tool_calls": calls}]}))
+    assert json.loads(rows(batch)[0]["messages"])[1]["tool_calls"] == calls
+
+
+def test_what_nests_as_deep_as_a_line_may_becomes_a_job(made: Convert) -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(28):
+        schema = {"type": "object", "properties": {"x": schema}}
+    deep: Any = 0
+    for _ in range(60):
+        deep = [deep]
+    asked = {"guided_json": schema, "chat_template_kwargs": {"x": deep}}
+    spec = made(bodies(CHAT, asked)).load().spec
+    assert (spec.sampling.output_schema, spec.prompt and spec.prompt.chat_template_kwargs) == tuple(
+        asked.values()
+    )
+    identity(made(bodies(CHAT, asked)).load())
+
+
+def test_a_chats_least_length_is_held_against_no_limit(made: Convert) -> None:
+    sampling = made(bodies(CHAT, {"min_tokens": 600})).load().spec.sampling
+    assert (sampling.min_tokens, sampling.max_tokens) == (600, None)
+
+
+def test_a_least_length_is_a_lines_own_where_limits_are(made: Convert) -> None:
+    lines = bodies(
+        COMPLETIONS,
+        {"min_tokens": 20, "max_tokens": 30},
+        {"min_tokens": 20, "max_completion_tokens": None, "max_tokens": 40},
+    )
+    batch = made(lines)
+    assert batch.load().spec.sampling.max_tokens == 16
+    assert [json.loads(row["sampling_params"]) for row in rows(batch)] == [
+        {"max_tokens": 30, "min_tokens": 20}, {"max_tokens": 40, "min_tokens": 20},
+    ]  # fmt: skip
+
+
+def test_a_least_length_is_held_against_the_job_files_limit(made: Convert, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("sampling: {max_tokens: 9}\n")
+    lines, job = bodies(CHAT, {"min_tokens": 10}), str(tmp_path / "job.yaml")
+    with pytest.raises(BatchMistakes, match=r"body\.min_tokens: 10: above the 9 tokens"):
+        made(lines, extends=job)
+    assert (
+        made(lines, extends=job, overrides=["sampling.max_tokens=20"]).load().spec.sampling.max_tokens == 20
+    )
+    assert (
+        made(lines, extends=job, overrides={"sampling.max_tokens": None}).load().spec.sampling.max_tokens
+        is None
+    )
+
+
 def test_images_stay_where_they_are(made: Convert) -> None:
     parts = [
         {"type": "text", "text": "What is it?"},
@@ -263,6 +318,20 @@ def test_texts_of_the_file_are_no_references(made: Convert) -> None:
         (CHAT, {"guided_regex": "a", "guided_choice": ["b"]}, "body.guided_regex and guided_choice: an answer has one form"),
         (CHAT, {"structured_outputs": {"structural_tag": "x"}}, "body.structured_outputs: expected one of json, json_object"),
         (CHAT, {"chat_template_kwargs": [1]}, "body.chat_template_kwargs: expected an object, got [1]"),
+        (CHAT, {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "body.chat_template_kwargs.chat_template: no variable of the model's chat template"),
+        (CHAT, {"chat_template_kwargs": {"tools": [TOOL]}}, "body.chat_template_kwargs.tools: no variable"),
+        (CHAT, {"chat_template_kwargs": {"messages": [], "x": 1}}, "body.chat_template_kwargs.messages: no variable"),
+        (CHAT, {"chat_template_kwargs": {"x": {"y\ud800": 1}}}, "body.chat_template_kwargs: holds half of a surrogate pair"),
+        (CHAT, {"response_format": {"type": "\udfff"}}, "body.response_format: holds half of a surrogate pair"),
+        (CHAT, {"temperature": "\ud800"}, "body.temperature: holds half of a surrogate pair"),
+        (CHAT, {"a\ud800b": 1}, "body.a\ufffdb: holds half of a surrogate pair"),
+        (CHAT, {"guided_json": '{"title": "\\ud800"}'}, "body.guided_json: expected a JSON Schema, got "),
+        (CHAT, {"guided_json": '{"title":' + "[" * 70 + "]" * 70 + "}"}, "body.guided_json: expected a JSON Schema, got "),
+        (CHAT, {"guided_json": "[" * 100_000}, "body.guided_json: expected a JSON Schema, got "),
+        (CHAT, {"max_tokens": 2**31}, "body.max_tokens: 2147483648: Input should be less than or equal to 2147483647"),
+        (CHAT, {"top_k": 2**31}, "body.top_k: 2147483648: Input should be less than or equal to 2147483647"),
+        (CHAT, {"stop_token_ids": [2**31]}, "body.stop_token_ids: [2147483648]: Input should be less than or equal to 2147483647"),
+        (COMPLETIONS, {"min_tokens": 20}, "body.min_tokens: 20: above the 16 tokens that an answer has where its line gives no max_tokens"),
         (COMPLETIONS, {"prompt": ["a", "b"]}, 'body.prompt: expected one text, got ["a", "b"]; give each text a line'),
         (COMPLETIONS, {"prompt": [1, 2]}, "body.prompt: expected one text, got [1, 2]"),
         (COMPLETIONS, {"prompt": None}, "body.prompt: expected one text, got null"),
@@ -294,6 +363,10 @@ def test_a_body_is_refused_by_line_and_key(made: Convert, url: str, body: dict[s
         ({**line("a"), "url": "/v1/responses"}, '1 (custom_id "a"): url: expected one of /v1/chat/completions,'),
         ({**line("a"), "url": ["/v1/completions"]}, '1 (custom_id "a"): url: expected one of /v1/chat/completions,'),
         (line("a", model=3), '1 (custom_id "a"): body.model: expected a name, got 3'),
+        ({**line("a"), "method": "\ud800"}, '1 (custom_id "a"): method: holds half of a surrogate pair'),
+        (f'{{"custom_id": "a", "x": {"[" * 64 + "]" * 64}}}', '1: nests more than 64 levels deep: "{\\"custom_id\\": \\"a\\"'),
+        (json.dumps(line("a", chat_template_kwargs={"x": 0})).replace("0", "[" * 400 + "]" * 400), "1: nests more than 64 levels deep"),
+        ("[" * 400 + "]" * 400, "1: nests more than 64 levels deep"),
         ({**line("a"), "body": "x"}, '1 (custom_id "a"): body: expected an object, got "x"'),
         ({**line("a"), "boby": 1}, '1 (custom_id "a"): boby: a line has custom_id, method, url, body and nothing else'),
     ],
@@ -313,6 +386,9 @@ def test_a_line_is_refused(made: Convert, text: Any, says: str) -> None:
         ([line("a", n=2), line("b", n=2), line("c")], '3 (custom_id "c"): body.n: none, and line 1 has 2: it is the same for a whole job; split'),
         ([line("a"), line("b", tools=[TOOL])], '2 (custom_id "b"): body.tools: '),
         ([line("a", response_format={"type": "json_object"}), line("b")], '2 (custom_id "b"): body.response_format: none, and line 1 has'),
+        ([line("a", chat_template_kwargs={"x": False}), line("b", chat_template_kwargs={"x": 0})], '2 (custom_id "b"): body.chat_template_kwargs: {"x": 0}, and line 1 has {"x": false}'),
+        ([line("a", guided_json={"const": 1}), line("b", guided_json={"const": 1.0})], '2 (custom_id "b"): body.guided_json: {"const": 1.0}, and line 1 has {"const": 1}'),
+        ([line("a", COMPLETIONS, min_tokens=20, max_tokens=30), line("b", COMPLETIONS, min_tokens=20)], '2 (custom_id "b"): body.min_tokens: 20: above the 16 tokens'),
         ([line("a", EMBEDDINGS, dimensions=4), line("b", EMBEDDINGS, dimensions=5)], '2 (custom_id "b"): body.dimensions: 5, and line 1 has 4'),
     ],
 )  # fmt: skip
@@ -331,8 +407,11 @@ def test_all_mistakes_are_told_up_to_ten(made: Convert, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "\n\n"])
 def test_a_file_without_requests(made: Convert, text: str) -> None:
-    with pytest.raises(InputError, match="holds no requests"):
+    with pytest.raises(BatchMistakes, match=r"batch\.jsonl: holds no requests$") as refused:
         made([text])
+    assert [(one.line, one.key, one.text) for one in refused.value.mistakes] == [
+        (None, "", "holds no requests")
+    ]
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

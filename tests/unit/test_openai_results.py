@@ -337,6 +337,17 @@ def test_an_output_that_was_not_begun_gives_errors_only(tmp_path: Path) -> None:
     assert [line["custom_id"] for line in done.bad] == ["r0", "r1"]
 
 
+def test_an_output_that_was_claimed_but_not_planned_gives_errors_only(tmp_path: Path) -> None:
+    done = answered(tmp_path, bodies(CHAT, {}, {}))
+    shutil.rmtree(tmp_path / "work" / "out" / ".dray" / "plan")
+    shutil.rmtree(tmp_path / "work" / "out" / "data")
+    why = Unanswered(requests=str(tmp_path / "work" / REQUESTS), code="batch_expired", message="too late")
+    assert done.write(unanswered=why) == Counts(completed=0, failed=2)
+    assert [line["custom_id"] for line in done.bad] == ["r0", "r1"]
+    with pytest.raises(OutputError, match="with a plan"):
+        done.write()
+
+
 def test_the_model_may_have_another_name(tmp_path: Path) -> None:
     done = answered(tmp_path, bodies(CHAT, {"model": "gpt-4o"}))
     done.write(model="served")

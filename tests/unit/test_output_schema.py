@@ -163,6 +163,7 @@ def test_a_cut_answer_is_asked_for_again_with_more_tokens_and_not_greedily() -> 
     assert settings.again(None, True).max_tokens == 16
     assert settings.again(None, False).max_tokens == 8
     assert settings.again(None, False).temperature == 0.5
+    assert RowSettings(SamplingSettings(**CHOICE, max_tokens=2**30)).again(None, True).max_tokens == 2**31 - 1
     warm = settings.again('{"temperature": 0.9}', True)
     assert (warm.temperature, warm.max_tokens) == (0.9, 16)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from pipelines.chat_options import CHAT_OPTIONS
 from pipelines.contracts import PROMPT_SCHEMA
 from pipelines.errors import ROW_ERROR_CODES, RowError, SpecError
 from pipelines.prompt import PromptBuilder
@@ -274,6 +276,27 @@ def test_chat_template_variables() -> None:
         chat_template_kwargs={"extra": "!", "add_generation_prompt": False},
     )
     assert found == ["<|user|> a <|assistant|>!"]
+
+
+@pytest.mark.parametrize("key", ["tokenize", "return_dict", "return_tensors", "conversation", "messages"])
+def test_options_that_would_leave_no_prompt_are_no_variables(key: str) -> None:
+    with pytest.raises(ValueError, match=f"chat_template_kwargs.{key} is no variable of chat templates"):
+        PromptSettings(template="x", chat_template_kwargs={"fine": 1, key: False})
+
+
+def test_a_job_file_may_have_a_chat_template_of_its_own() -> None:
+    found = texts(rows(x=["a"]), CHAT, template="{{ x }}", chat_template_kwargs={"chat_template": "hello"})
+    assert found == ["hello"]
+
+
+@pytest.mark.slow
+def test_all_options_of_apply_chat_template_are_known() -> None:
+    from transformers import PreTrainedTokenizerBase
+
+    there = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.values()
+    named = {one.name for one in there if one.kind is not inspect.Parameter.VAR_KEYWORD}
+    assert named <= CHAT_OPTIONS
+    assert CHAT_OPTIONS - named == {"messages", "conversations"}  # the renderer's, to which variables go on
 
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}

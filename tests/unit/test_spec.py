@@ -342,6 +342,10 @@ def test_prompt_sections(given: dict[str, Any], message: str) -> None:
     [
         ({"temperature": 0, "n": 2}, "n equal answers"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens 9 is above max_tokens 8"),
+        ({"max_tokens": 2**31}, "less than or equal to 2147483647"),
+        ({"min_tokens": 2**30 + 1, "max_tokens": None}, "less than or equal to 1073741824"),
+        ({"top_k": 2**31}, "less than or equal to 2147483647"),
+        ({"stop_token_ids": [1, 2**31]}, "less than or equal to 2147483647"),
         (
             {"params_column": "p", "max_tokens_column": "n"},
             "give max_tokens_column or params_column, not both",
