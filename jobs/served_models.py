@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jobs.loading import load
 from jobs.openai_job import given_by
+from jobs.references import MASK
 from pipelines.errors import SpecError
 
 
@@ -39,6 +41,10 @@ def served_models(given: Sequence[str], overrides: Sequence[str] = ()) -> dict[s
             "output": {"path": "out"},
         }
         job = load({**batch, "extends": [os.path.abspath(path)]}, overrides)
+        if MASK in json.dumps(job.raw):
+            raise SpecError(
+                f"--model {text}: a secret stands in {path}, and would in each batch's job: give it as ${{env:NAME}}"
+            )
         name = name or job.spec.model.source
         if name in found:
             raise SpecError(f"--model {text}: {name} is served already; give it another name, as NAME={path}")

@@ -168,6 +168,37 @@ def told(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
     return [json.loads(line) for line in client.files.content(file_id).text.splitlines()]
 
 
+class TestModels:
+    @pytest.mark.parametrize(
+        ("job", "problem"),
+        [
+            (
+                {"model": {"source": str(TINY)}, "input": {"path": "x"}},
+                "input.path: the batch file says that",
+            ),
+            ({"pool": {"replicas": 1}}, "model: missing"),
+            ({"model": {"source": str(TINY), "engine": {"tensor_parallel": 2}}}, "tensor_parallel"),
+            (
+                {"model": {"source": str(TINY)}, "output": {"storage_options": {"secret": "s3cr3t"}}},
+                r"give it as \$\{env:NAME\}",
+            ),
+        ],
+    )
+    def test_what_cannot_be_served_is_known_at_the_start(
+        self, tmp_path: Path, job: dict[str, Any], problem: str
+    ) -> None:
+        (tmp_path / "job.yaml").write_text(json.dumps(job))
+        with pytest.raises(SpecError, match=problem):
+            served_models([str(tmp_path / "job.yaml")])
+
+    def test_a_name_is_of_one_model(self, tmp_path: Path) -> None:
+        path = tmp_path / "job.yaml"
+        path.write_text(json.dumps({"model": {"source": str(TINY)}}))
+        assert list(served_models([str(path), f"other={path}"])) == [str(TINY), "other"]
+        with pytest.raises(SpecError, match="served already"):
+            served_models([f"a={path}", f"a={path}"])
+
+
 class TestBatches:
     def test_each_request_is_answered_once_in_order(self, server: Server) -> None:
         client = server.client()
