@@ -138,7 +138,7 @@ def read_runs(storage: Storage) -> list[Run]:
             message=events[-1].get("message", ""),
             usage=Usage.from_dict(events[-1].get("usage")),
         )
-        for run_id, events in sorted(records.items())
+        for run_id, events in sorted(records.items(), key=lambda run: (run[1][0]["at"], run[0]))
     ]
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.local.runs import DRAY, ROOT, content, dray, job, write_questions
-from tests.processes import still_runs
+from tests.processes import end_all, left_at_work
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
@@ -73,15 +72,8 @@ def test_kill_minus_nine_and_run_again(tmp_path: Path) -> None:
     assert content(tmp_path / "out") == content(tmp_path / "clean")
     verdict = dray("verify", str(tmp_path / "out"), "--deep", "--json")
     assert verdict.returncode == 0, verdict.stdout
-    # Of a killed driver Ray leaves two agents behind (Ray 2.60), and on a busy machine an actor of Ray Data's own that
-    # stands still on its way out. No raylet, worker of ours or engine may be among the rest.
-    left = [process for process in its_own if still_runs(process)]
-    assert len(its_own) > len(left)
-    for process in left:
-        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # may end while it is looked at
-            command = " ".join(process.cmdline())
-            assert "gent" in command or "ActorLocationTracker" in command
-            process.kill()
+    assert not left_at_work(its_own)
+    end_all(its_own)
 
 
 @pytest.mark.parametrize(

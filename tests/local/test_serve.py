@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import openai
@@ -18,7 +18,7 @@ import yaml
 from openai.types import Batch
 
 from tests.local.runs import DRAY, ROOT, TINY, dray
-from tests.processes import still_runs
+from tests.processes import end_all, left_at_work, still_runs
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
@@ -93,9 +93,7 @@ def test_a_batch_outlives_a_killed_server(tmp_path: Path) -> None:
         server.wait()
         _, left = psutil.wait_procs([run], timeout=10)
         assert not [process for process in left if still_runs(process)]
-        for process in filter(still_runs, its_own):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()  # Ray's agents, which it leaves behind (Ray 2.60)
+        end_all(its_own)
 
     before = len(list(committed.glob("*/work/out/data/*.parquet")))
     assert before < REQUESTS // 40
@@ -137,6 +135,6 @@ def test_a_server_that_is_stopped_ends_its_run(tmp_path: Path) -> None:
             stalled.sendall(head.encode())
             server.send_signal(signal.SIGTERM)
             assert server.wait(timeout=60) == 130
-        assert not [process for process in children if still_runs(process)]
+        assert not left_at_work(children)
     record = json.loads((tmp_path / "store" / "batches" / batch.id / "batch.json").read_text())
     assert record["status"] == "in_progress"

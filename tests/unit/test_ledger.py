@@ -387,3 +387,11 @@ def test_without_a_ledger_the_command_says_how_to_name_one() -> None:
     done = CliRunner().invoke(main, ["list"])
     assert done.exit_code == 2
     assert "DRAY_LEDGER" in done.stderr
+
+
+def test_runs_of_one_second_stand_in_their_order(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    for at, run_id in ((1.0, "20261130T000000-ff"), (1.5, "20261130T000000-aa")):
+        record = {"run_id": run_id, "event": "started", "at": at}
+        storage.write(f".dray/runs/{run_id}/000000.json", json.dumps(record).encode())
+    assert [run.run_id[-2:] for run in read_runs(storage)] == ["ff", "aa"]
