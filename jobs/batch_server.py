@@ -15,7 +15,7 @@ from jobs.batch_worker import BatchWorker
 from pipelines.errors import Interrupted, SpecError
 
 #: Seconds that requests under way have when the server ends.
-_GRACE_S = 5
+GRACE_S = 5
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -59,7 +59,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, worker: BatchWorker) -> None:
         config = uvicorn.Config(
-            app, access_log=False, log_level="warning", lifespan="off", timeout_graceful_shutdown=_GRACE_S
+            app, access_log=False, log_level="warning", lifespan="off", timeout_graceful_shutdown=GRACE_S
         )
         super().__init__(config)
         self._worker = worker

@@ -6,62 +6,33 @@ The schemas are trimmed copies (tests/data/kubernetes/README.md) that forbid unk
 from __future__ import annotations
 
 import copy
-import json
 import re
 import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 
 from jobs import load
 from jobs.cli import main
-
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "deploy" / "kubernetes"
-SCHEMAS = json.loads((ROOT / "tests/data/kubernetes/schemas.json").read_text())
-FILES = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name != "kustomization.yaml")
-
-
-@cache
-def manifests(name: str) -> list[Any]:
-    # Through JSON, since anchors make two places of a manifest one object.
-    return json.loads(json.dumps(list(yaml.safe_load_all((FOLDER / name).read_text()))))
-
-
-@cache
-def validator(kind: str) -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator({"$defs": SCHEMAS["$defs"], **SCHEMAS["kinds"][kind]})
-
-
-def complaints(manifest: Any) -> list[str]:
-    """What the API server would refuse."""
-    errors = validator(manifest["kind"]).iter_errors(manifest)
-    return [f"{error.json_path}: {error.message}" for error in errors]
-
-
-def clusters() -> Iterator[tuple[str, Any]]:
-    [cluster] = manifests("raycluster.yaml")
-    [job] = manifests("rayjob.yaml")
-    yield "raycluster.yaml", cluster["spec"]
-    yield "rayjob.yaml", job["spec"]["rayClusterSpec"]
-
-
-def pod_specs(node: Any) -> Iterator[Any]:
-    if isinstance(node, list):
-        for one in node:
-            yield from pod_specs(one)
-    elif isinstance(node, dict):
-        if "containers" in node:
-            yield node
-        for one in node.values():
-            yield from pod_specs(one)
+from tests.unit.manifests import (
+    FILES,
+    FOLDER,
+    ROOT,
+    clusters,
+    complaints,
+    manifests,
+    mounted_at,
+    pod_specs,
+    pod_templates,
+    ports_of,
+    server,
+    validator,
+)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -86,10 +57,10 @@ def test_a_wrong_name_or_type_is_refused_anywhere() -> None:
 
     # What the API server takes any key in.
     free = re.compile(r"labels|matchLabels|nodeSelector|rayStartParams|requests|limits")
-    for name in FILES:
-        [manifest] = manifests(name)
+    for name, manifest in [(file, one) for file in FILES for one in manifests(file)]:
         for path in every(manifest):
-            if isinstance(at(manifest, path), dict) and not free.fullmatch(str(path[-1])):
+            labels = free.fullmatch(str(path[-1])) or (manifest["kind"], path[-1]) == ("Service", "selector")
+            if isinstance(at(manifest, path), dict) and not labels:
                 wrong = copy.deepcopy(manifest)
                 at(wrong, path)["replcias"] = 1
                 assert not validator(wrong["kind"]).is_valid(wrong), f"{name}: {path} takes any key"
@@ -102,6 +73,16 @@ def test_a_wrong_name_or_type_is_refused_anywhere() -> None:
         wrong = copy.deepcopy(cluster)
         at(wrong, path[:-1])[path[-1]] = value
         assert complaints(wrong), f"{path}: {value!r} passed"
+    deployment, service = manifests("serve.yaml")
+    for manifest, path, other in [
+        (deployment, ("spec", "replicas"), "1"),
+        (deployment, ("spec", "strategy", "type"), True),
+        (deployment, ("apiVersion",), "v1"),
+        (service, ("spec", "ports", 0, "port"), "8000"),
+    ]:
+        wrong = copy.deepcopy(manifest)
+        at(wrong, path[:-1])[path[-1]] = other
+        assert complaints(wrong), f"{path}: {other!r} passed"
 
 
 def test_the_image_is_this_version_of_dray_on_the_locks_ray() -> None:
@@ -120,7 +101,7 @@ def test_every_container_is_bounded_and_unprivileged() -> None:
     user = re.search(r"^USER (\d+):", (ROOT / "deploy/Dockerfile").read_text(), re.MULTILINE)
     assert user
     found = [pod for name in FILES for manifest in manifests(name) for pod in pod_specs(manifest)]
-    assert len(found) == 6  # two heads, two worker groups, two submitters
+    assert len(found) == 7  # two heads, two worker groups, two submitters, one server
     for pod in found:
         assert pod["securityContext"]["runAsNonRoot"]
         assert pod["securityContext"]["runAsUser"] == int(user[1])
@@ -153,13 +134,12 @@ def test_models_and_kernels_go_to_volumes_of_their_own() -> None:
     text = (ROOT / "deploy/Dockerfile").read_text()
     folders = dict(re.findall(r"(\w+)=(/(?:models|cache)\S*)", text))
     assert {"HF_HOME", "DRAY_MODELS", "VLLM_CACHE_ROOT", "TRITON_CACHE_DIR"} <= set(folders)
-    for _, spec in clusters():
-        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
-            pod = group["template"]["spec"]
-            kinds = {volume["name"]: volume for volume in pod["volumes"]}
-            at = {mount["mountPath"]: kinds[mount["name"]] for mount in pod["containers"][0]["volumeMounts"]}
-            assert "persistentVolumeClaim" in at["/models"]
-            assert "emptyDir" in at["/cache"]
+    groups = [group for _, spec in clusters() for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]]
+    deployment, _, _ = server()
+    for pod in (owner["template"]["spec"] for owner in [*groups, deployment["spec"]]):
+        at = mounted_at(pod)
+        assert "persistentVolumeClaim" in at["/models"]
+        assert "emptyDir" in at["/cache"]
 
 
 def test_secrets_are_references() -> None:
@@ -182,7 +162,8 @@ def test_the_job_files_are_mounted_and_valid() -> None:
     [job] = manifests("rayjob.yaml")
     [cron] = manifests("cronjob.yaml")
     [submit] = next(pod_specs(cron))["containers"]
-    started = {job["spec"]["entrypoint"].split()[-1], submit["command"][2]}
+    _, _, served = server()
+    started = {job["spec"]["entrypoint"].split()[-1], submit["command"][2], *served["models"]}
     # What the submitter's command line is, by the command line itself.
     command = main.commands[submit["command"][1]]
     parsed = command.make_context("submit", submit["command"][2:]).params
@@ -201,6 +182,26 @@ def test_the_pool_fits_the_cluster_it_runs_on(name: str) -> None:
     cluster = dict(clusters())["rayjob.yaml" if name == "summaries" else "raycluster.yaml"]
     [gpus] = cluster["workerGroupSpecs"]
     assert spec.pool.most_engines * spec.model.gpus_per_engine <= gpus["maxReplicas"]
+
+
+def test_prometheus_scrapes_all_that_have_metrics() -> None:
+    [monitor] = manifests("monitoring.yaml")
+    selector = monitor["spec"]["selector"]
+    [among] = selector["matchExpressions"]
+    assert among["operator"] == "In"
+    wanted = {end["port"] for end in monitor["spec"]["podMetricsEndpoints"]}
+    scraped = set()
+    for name in FILES:
+        for template in (t for manifest in manifests(name) for t in pod_templates(manifest)):
+            labels = template.get("metadata", {}).get("labels", {})
+            ports = ports_of(template["spec"]["containers"][0])
+            chosen = (
+                selector["matchLabels"].items() <= labels.items() and labels[among["key"]] in among["values"]
+            )
+            assert chosen == bool(wanted & set(ports)), name
+            if chosen:
+                scraped |= {(labels[among["key"]], ports[port]) for port in wanted & set(ports)}
+    assert scraped == {("head", 8080), ("worker", 8080), ("serve", server()[2]["port"])}
 
 
 def test_kustomize_builds_it() -> None:

@@ -22,6 +22,8 @@ KINDS = {
     "PersistentVolumeClaim": "io.k8s.api.core.v1.PersistentVolumeClaim",
     "Secret": "io.k8s.api.core.v1.Secret",
     "CronJob": "io.k8s.api.batch.v1.CronJob",
+    "Deployment": "io.k8s.api.apps.v1.Deployment",
+    "Service": "io.k8s.api.core.v1.Service",
 }
 POD_TEMPLATE = "io.k8s.api.core.v1.PodTemplateSpec"
 METADATA = "io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"
