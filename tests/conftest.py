@@ -91,7 +91,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(HERE).parts[0]
         if folder in ("local", "gpu"):
             item.add_marker(folder)
-            if not item.get_closest_marker("timeout"):  # a machine of half the speed, and another engine beside it
+            # A machine may be half as fast as another, and another engine beside a test's own.
+            if not item.get_closest_marker("timeout"):
                 item.add_marker(pytest.mark.timeout(300))
         if item.get_closest_marker("long") and not os.environ.get("CI"):
             item.add_marker(pytest.mark.skip(reason="takes a minute or more: CI runs it, and CI=1 make test"))

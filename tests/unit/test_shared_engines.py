@@ -186,7 +186,8 @@ async def test_another_engine_asks_for_what_a_dead_one_was_at(
 
 
 async def test_engines_share_through_the_actor(make_work: MakeWork) -> None:
-    shelf_actor = ShelfActor(Shelf(stale_s=60))  # however long this process stands still: nobody has died here
+    # However long this process stands still: nobody has died here.
+    shelf_actor = ShelfActor(Shelf(stale_s=60))
     work = make_work(tokens_per_s=2000, min_tokens=20, max_tokens=20)
     handles = [Handle(shelf_actor), Handle(shelf_actor)]
     actors = [Sharing(work, ShelfThere(handle)) for handle in handles]
