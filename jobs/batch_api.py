@@ -12,7 +12,7 @@ have OpenAI's shape. Everything else that is asked for is a 404.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
@@ -273,11 +273,8 @@ def _page(found: list[dict[str, Any]], *, last: bool) -> Response:
     )
 
 
-Kind = Literal["invalid_request_error", "authentication_error", "server_error"]
-
-
 def _error(status: int, message: str, code: str | None = None, param: str | None = None) -> Response:
-    kind: Kind = (
+    kind = (
         "server_error"
         if status >= 500
         else "authentication_error"

@@ -81,7 +81,7 @@ def check_requests(params: Any, tokenizer: Any) -> None:
 
 
 def _check_bounds(params: Any, tokenizer: Any) -> None:
-    """What vLLM would find wrong in its engine process only, which ends of it. Raises."""
+    """What vLLM would find wrong in its engine process only, which ends of it. Raises ValueError."""
     count = len(params.stop_token_ids)
     if params.min_tokens and count > MOST_STOP_IDS:
         raise ValueError(f"{count} stop_token_ids; with min_tokens there may be {MOST_STOP_IDS}")

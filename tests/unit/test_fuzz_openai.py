@@ -15,7 +15,7 @@ from jobs.openai_lines import Lines
 from jobs.openai_shared import prompt_of, sampling_of
 from pipelines.settings import ROW_PARAMS
 from tests.unit.fuzz import FACTOR, examples
-from tests.unit.test_openai_batch import PROMPTS
+from tests.unit.batch_files import PROMPTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(0 if FACTOR > 1 else 300)]
 

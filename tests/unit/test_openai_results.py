@@ -31,7 +31,7 @@ from tests.local.runs import TINY, rows_of
 from tests.tiny_vision import vision_tokenizer
 from tests.unit.stages import committed, planned, run
 from tests.unit.test_images import RED
-from tests.unit.test_openai_batch import bodies
+from tests.unit.batch_files import bodies
 
 JOB = {
     "model.backend": "simulated",
