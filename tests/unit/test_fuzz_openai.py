@@ -14,8 +14,8 @@ from jobs.openai_body import CHAT, ENDPOINTS, IGNORED, NEUTRAL, SHARED, BatchMis
 from jobs.openai_lines import Lines
 from jobs.openai_shared import prompt_of, sampling_of
 from pipelines.settings import ROW_PARAMS
-from tests.unit.fuzz import FACTOR, examples
 from tests.unit.batch_files import PROMPTS
+from tests.unit.fuzz import FACTOR, examples
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(0 if FACTOR > 1 else 300)]
 

@@ -29,9 +29,9 @@ from pipelines.part import FOOTER_KEY
 from pipelines.storage import Storage
 from tests.local.runs import TINY, rows_of
 from tests.tiny_vision import vision_tokenizer
+from tests.unit.batch_files import bodies
 from tests.unit.stages import committed, planned, run
 from tests.unit.test_images import RED
-from tests.unit.batch_files import bodies
 
 JOB = {
     "model.backend": "simulated",
